@@ -1,0 +1,39 @@
+# `make train` and `make test` make their own environment; nothing else is needed than Python >= 3.11.
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := src tests examples benchmarks
+export PYTHONHASHSEED := 0
+
+.PHONY: train test lint format docs bench clean
+
+train: $(VENV)/train.stamp
+	@$(BIN)/truestep train configs/quickstart.toml
+
+test: $(VENV)/test.stamp
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "truestep needs Python 3.11 to 3.13, but $(PYTHON) is %d.%d; use: make PYTHON=/path/to/python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing truestep into $(VENV) (about a minute, the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing truestep and its development tools into $(VENV) (about a minute, the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@ $(VENV)/train.stamp
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

@@ -1,0 +1,74 @@
+"""Train next-token-prediction language models, with a training step you can trust."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from truestep.batch import Batch
+    from truestep.config import GPTConfig, RunConfig, TrainingConfig
+    from truestep.loss import IGNORE_INDEX, DeferredLogits, compute_loss
+    from truestep.metrics import StepMetrics
+    from truestep.observe.sinks import ConsoleSink, JsonlSink, Sink
+    from truestep.settings import ConfigError
+    from truestep.training.evaluate import Evaluation, evaluate
+    from truestep.training.schedule import constant, warmup_cosine, warmup_stable_decay
+    from truestep.training.trainer import NonFiniteError, Trainer, every
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "ConfigError",
+    "ConsoleSink",
+    "DeferredLogits",
+    "Evaluation",
+    "GPTConfig",
+    "JsonlSink",
+    "NonFiniteError",
+    "RunConfig",
+    "Sink",
+    "StepMetrics",
+    "Trainer",
+    "TrainingConfig",
+    "compute_loss",
+    "constant",
+    "evaluate",
+    "every",
+    "warmup_cosine",
+    "warmup_stable_decay",
+]
+
+_MODULES = {
+    "IGNORE_INDEX": "loss",
+    "Batch": "batch",
+    "ConfigError": "settings",
+    "ConsoleSink": "observe.sinks",
+    "DeferredLogits": "loss",
+    "Evaluation": "training.evaluate",
+    "GPTConfig": "config",
+    "JsonlSink": "observe.sinks",
+    "NonFiniteError": "training.trainer",
+    "RunConfig": "config",
+    "Sink": "observe.sinks",
+    "StepMetrics": "metrics",
+    "Trainer": "training.trainer",
+    "TrainingConfig": "config",
+    "compute_loss": "loss",
+    "constant": "training.schedule",
+    "evaluate": "training.evaluate",
+    "every": "training.trainer",
+    "warmup_cosine": "training.schedule",
+    "warmup_stable_decay": "training.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use (PEP 562), so that `--help` never imports torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'truestep' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"truestep.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

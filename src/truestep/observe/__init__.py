@@ -1,0 +1,5 @@
+"""Watch a run: logs, the live view, pictures, the report. Reads records and files, no trainer.
+
+`sinks` and `display` take records while a run goes on, `log` reads them back, `charts` decides what
+a picture shows, `plots` and `svg` draw it, `page` writes the report, `text` makes text harmless.
+"""

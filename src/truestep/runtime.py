@@ -1,0 +1,192 @@
+"""State that a whole process shares: the only file that touches it.
+
+What a `Trainer` needs for a step is set for that step and put back after it; only the allocator's
+thresholds, which change no result, stay. `truestep train` sets the rest for its own process.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+# glibc's mallopt parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; auto is an accelerator if there is one, else the CPU.
+
+    Errors: ValueError for a device that this machine or this torch does not have.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used ({reason}); use cpu or auto") from None
+    return device
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of returning it to the kernel.
+
+    A step frees and takes the same large buffers each time, and the kernel would zero every page of
+    them again: the W3 step of docs/performance.md took 51-68 ms without this and 46 ms with it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to tell
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_TOP_PAD, 256 * 2**20)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def resolve_precision(
+    setting: Literal["auto", "float32", "bfloat16"], model: nn.Module, device: torch.device
+) -> Literal["float32", "bfloat16"]:
+    """Return the arithmetic to use; auto is bfloat16 where the hardware multiplies it natively.
+
+    A model whose parameters are not all float32 has made its own choice: auto leaves it alone.
+    """
+    if setting != "auto":
+        return setting
+    parameters = (p for p in model.parameters() if p.is_floating_point())
+    if any(parameter.dtype != torch.float32 for parameter in parameters):
+        return "float32"
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def computing(
+    precision: Literal["float32", "bfloat16"], device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a forward pass computes; float32 leaves every dtype as it is."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _random_states(device: torch.device) -> list[Any]:
+    """Return the modules whose default generators an operation on `device` may draw from."""
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave the default generators, afterwards, as they were found."""
+    modules = _random_states(device)
+    states = [module.get_rng_state() for module in modules]
+    try:
+        yield
+    finally:
+        for module, state in zip(modules, states, strict=True):
+            module.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *key: object) -> Iterator[None]:
+    """Seed the default generators from `key` alone, and put them back afterwards.
+
+    `seeded(device, seed, step, index)` makes dropout a function of the step: nothing to save.
+    """
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    with random_state_kept(device):
+        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+        for module in _random_states(device)[1:]:
+            module.manual_seed(int.from_bytes(digest, "little"))
+        yield
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(
+    setting: Literal["auto", "on", "off"], device: torch.device
+) -> Iterator[None]:
+    """Use deterministic algorithms inside, and put the process's own choice back afterwards.
+
+    auto asks for them on a CPU, where they cost nothing measurable as long as fresh memory is not
+    filled; an operation that has none then warns, where "on" refuses it.
+    """
+    if setting == "off" or (setting == "auto" and device.type != "cpu"):
+        yield
+        return
+    flags = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        flags.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    torch.use_deterministic_algorithms(True, warn_only=setting == "auto")
+    flags.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        flags.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def module_modes(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model into train or eval mode, and every submodule back into its own afterwards."""
+    if model.training == training:  # submodules that differ were set so by the user
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# Arithmetic that earns back a cold compile of 10 to 40 s: about a minute of two CPU cores.
+_FLOPS_WORTH_COMPILING = {"cpu": 2e13, "cuda": 1e16}
+
+
+def resolve_compile(
+    setting: Literal["auto", "on", "off"], device: torch.device, run_flops: float
+) -> bool:
+    """Say whether to compile: auto does where a one-line probe compiles and the run is long."""
+    if setting == "auto":
+        return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf")) and can_compile()
+    return setting == "on"
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Say whether this machine compiles one line (a missing compiler or Python.h is common)."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1))
+    except (RuntimeError, OSError):
+        return False
+    return True
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function into one graph of fixed shapes."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def configure_process(threads: int | Literal["auto"]) -> int:
+    """Set this process up for training, for the command alone; return its number of threads."""
+    keep_freed_memory()
+    if threads != "auto":
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

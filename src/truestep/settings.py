@@ -1,0 +1,288 @@
+"""How settings are declared, validated, explained and read from files and the environment.
+
+The settings themselves stand in `config.py`; this file knows none of them by name.
+"""
+
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+ENVIRONMENT_PREFIX = "TRUESTEP_"
+FILE_LIMIT_BYTES = 2**20  # a settings file is a page, not a corpus
+
+
+def trajectory(default: Any, **constraints: Any) -> Any:
+    """Declare a setting that changes the trained bits; a resumed run must keep it."""
+    return Field(default, json_schema_extra={"on_resume": "kept"}, **constraints)
+
+
+def cosmetic(default: Any, **constraints: Any) -> Any:
+    """Declare a setting that may change at any time without changing the trained bits."""
+    return Field(default, json_schema_extra={"on_resume": "free"}, **constraints)
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one setting; `path` leads to it, `text` is the whole sentence."""
+
+    path: tuple[str, ...]
+    text: str
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used: one line each, with field, value, rule and remedy."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problem.text for problem in problems))
+
+
+class Config(BaseModel):
+    """Settings: immutable, no unknown key, and errors of one line."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, type(self), values)) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Append every setting with its type, default and meaning to the class's docstring."""
+        super().__pydantic_init_subclass__(**kwargs)
+        lines = [
+            f"    {setting.name}: {setting.type} = {setting.default}\n        {setting.meaning}"
+            for setting in settings(cls)
+        ]
+        cls.__doc__ = f"{cls.__doc__}\n\nSettings:\n" + "\n".join(lines)
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as the documentation shows it."""
+
+    name: str  # with its section: training.learning_rate
+    type: str
+    default: str
+    meaning: str
+    kept_on_resume: bool
+
+
+def settings(config: type[BaseModel]) -> Iterator[Setting]:
+    """Yield every setting of a config class, sections flattened, in the order of the source."""
+    for name, field in config.model_fields.items():
+        if section := _section(field):
+            for inner in settings(section):
+                yield Setting(
+                    f"{name}.{inner.name}",
+                    inner.type,
+                    inner.default,
+                    inner.meaning,
+                    inner.kept_on_resume,
+                )
+            continue
+        extra = field.json_schema_extra
+        if not isinstance(extra, dict) or "on_resume" not in extra:
+            raise TypeError(f"{config.__name__}.{name} is neither trajectory(…) nor cosmetic(…)")
+        yield Setting(
+            name,
+            _type_text(field.annotation),
+            json.dumps(field.default),
+            " ".join((field.description or "").split()),
+            extra["on_resume"] == "kept",
+        )
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Return the mapping in a TOML or JSON file.
+
+    Errors: ConfigError naming the file, and the place in it.
+    """
+    if path.suffix not in {".toml", ".json"}:
+        raise _file_error(path, "is neither .toml nor .json; rename it or convert it")
+    try:
+        if path.stat().st_size > FILE_LIMIT_BYTES:
+            raise _file_error(path, f"is larger than {FILE_LIMIT_BYTES} bytes: not a config file")
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        raise _file_error(path, "does not exist; check the path") from None
+    except OSError as error:
+        raise _file_error(path, f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise _file_error(path, f"is not valid {path.suffix[1:].upper()}: {error}") from None
+    if not isinstance(values, dict):
+        raise _file_error(path, "holds no table of settings; write key = value lines")
+    return values
+
+
+def validate(config: type[C], sources: Mapping[str, Mapping[str, Any]]) -> C:
+    """Merge `sources` (a later one wins, key by key) and return the validated settings.
+
+    `sources` maps the name of each source, as an error should say it, to its nested values.
+    Errors: ConfigError naming source, field, value, rule and remedy.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[tuple[str, ...], str] = {}
+    for source, values in sources.items():
+        for path, value in _leaves(source, values, config):
+            table = merged
+            for key in path[:-1]:
+                table = table.setdefault(key, {})
+            table[path[-1]] = value
+            origin[path] = source
+    try:
+        return config(**merged)
+    except ConfigError as error:
+        problems = [
+            Problem(path, f"{origin[path]}: {text}" if path in origin else text)
+            for path, text in error.problems
+        ]
+        raise ConfigError(problems) from None
+
+
+def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings in `TRUESTEP_SECTION__KEY` variables; values are read as TOML does.
+
+    Errors: ConfigError for a TRUESTEP_ variable that names no setting, with the nearest one.
+    """
+    known = {_variable(setting.name): setting.name for setting in settings(config)}
+    values: dict[str, Any] = {}
+    for variable in sorted(environ):
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        if variable not in known:
+            ending = [name for name in known if name.endswith(variable.split("_", 1)[1])]
+            hint = _nearest(variable, ending[:1] or known)
+            text = f"environment variable {variable} names no setting{hint}"
+            raise ConfigError([Problem((), text)])
+        table = values
+        *sections, key = known[variable].split(".")
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = _parse(environ[variable])
+    return values
+
+
+def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
+    """Return each setting whose value differs, with its old and its new value."""
+    return [
+        (setting, _value(old, setting.name), _value(new, setting.name))
+        for setting in settings(type(new))
+        if _value(old, setting.name) != _value(new, setting.name)
+    ]
+
+
+def _value(config: Config, name: str) -> Any:
+    for key in name.split("."):
+        config = getattr(config, key)
+    return config
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper().replace(".", "__")
+
+
+def _parse(text: str) -> Any:
+    """Read a number, boolean or list as TOML would; anything else is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    annotation = field.annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+def _leaves(
+    source: str, values: Mapping[str, Any], config: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (path, value) of every setting, descending into sections only."""
+    for key, value in values.items():
+        field = config.model_fields.get(key)
+        if field is None or (section := _section(field)) is None:
+            yield (*prefix, key), value
+        elif isinstance(value, Mapping):
+            yield from _leaves(source, value, section, (*prefix, key))
+        else:
+            text = f"{source}: {key}={value!r} must be a table of settings: write [{key}]"
+            raise ConfigError([Problem((*prefix, key), text)])
+
+
+def _explain(
+    error: ValidationError, config: type[BaseModel], values: Mapping[str, Any]
+) -> list[Problem]:
+    """Turn pydantic's report into one sentence for each field."""
+    rules: dict[str, list[str]] = {}
+    problems: list[Problem] = []
+    for detail in error.errors(include_url=False):
+        cause = detail.get("ctx", {}).get("error")
+        name = str(detail["loc"][0]) if detail["loc"] else ""
+        if isinstance(cause, ConfigError):  # a section has already explained itself
+            problems += [
+                Problem((name, *path), f"{name}.{text}" if path else text)
+                for path, text in cause.problems
+            ]
+        elif detail["type"] == "extra_forbidden":
+            hint = _nearest(name, config.model_fields)
+            problems.append(Problem((name,), f"{name} is not a setting{hint}"))
+        elif cause is not None:  # a rule of ours between several fields, a whole sentence
+            problems.append(Problem((), str(cause)))
+        else:
+            rule = detail["msg"].removeprefix("Input should be ")
+            rules.setdefault(name, []).append(rule[:1].lower() + rule[1:])
+    for name, alternatives in rules.items():
+        text = (
+            f"{name}={_shown(values.get(name))} must be {' or '.join(dict.fromkeys(alternatives))}"
+        )
+        default = _shown(config.model_fields[name].default)
+        problems.append(Problem((name,), f"{text}; the default is {default}"))
+    return problems
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a person would type it, cut to one line."""
+    text = value if isinstance(value, str) else json.dumps(value, default=repr)
+    text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else "; see `truestep train --help`"
+
+
+def _type_text(annotation: Any) -> str:
+    """Return a type as the documentation shows it: `int`, `float or "off"`, `float, float`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(arguments[0])
+    if origin is Literal:
+        return " or ".join(json.dumps(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_text(argument) for argument in arguments)
+    if origin is tuple:
+        return ", ".join(_type_text(argument) for argument in arguments)
+    return str(annotation.__name__)
+
+
+def _file_error(path: Path, text: str) -> ConfigError:
+    return ConfigError([Problem((), f"config file {path} {text}")])

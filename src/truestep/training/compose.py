@@ -1,0 +1,62 @@
+"""From the config to an optimizer and a schedule."""
+
+import torch
+from torch import nn
+
+from truestep.batch import Batch
+from truestep.config import TrainingConfig
+from truestep.training.optim import MuonAdamW, adamw, hidden_matrices, trainable_parameters
+from truestep.training.probe import probe
+from truestep.training.schedule import Schedule, constant, warmup_cosine, warmup_stable_decay
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimizer that `config` names, over every parameter that requires a gradient."""
+    parameters = trainable_parameters(model)
+    matrices = _muon_matrices(model) if config.optimizer == "muon" else []
+    chosen = {id(matrix) for matrix in matrices}
+    rest = adamw(
+        [parameter for parameter in parameters if id(parameter) not in chosen],
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        eps=config.eps,
+    )
+    if not matrices:
+        return rest
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config.muon_learning_rate,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+    )
+    return MuonAdamW(rest, muon)
+
+
+def _muon_matrices(model: nn.Module) -> list[nn.Parameter]:
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    facts = probe(model, Batch(tokens, tokens))
+    if facts is None:
+        raise ValueError(
+            f"optimizer=muon cannot find the head of {type(model).__name__}, whose forward depends "
+            "on values; use optimizer=adamw, or give Trainer an optimizer"
+        )
+    return hidden_matrices(model, facts.head)
+
+
+def build_schedule(config: TrainingConfig) -> Schedule:
+    """Return the schedule that `config` names."""
+    warmup_steps, num_steps = config.warmup_steps, config.num_steps
+    final_factor = config.final_learning_rate_factor
+    if config.schedule == "cosine":
+        return warmup_cosine(
+            warmup_steps=warmup_steps, num_steps=num_steps, final_factor=final_factor
+        )
+    if config.schedule == "wsd":
+        return warmup_stable_decay(
+            warmup_steps=warmup_steps,
+            num_steps=num_steps,
+            decay_steps=config.decay_steps,
+            final_factor=final_factor,
+        )
+    return constant(warmup_steps=warmup_steps)

@@ -1,0 +1,62 @@
+"""Evaluation: the exact mean loss over all targets, leaving training as it was."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from truestep.batch import Batch
+from truestep.loss import IGNORE_INDEX, compute_loss
+from truestep.runtime import computing, module_modes, random_state_kept
+from truestep.training.probe import logits_of
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A validation result.
+
+    `loss` is the mean over every target of every batch, in nats. `bits_per_byte` is the whole cost
+    of the targets over the bytes of text they stand for: comparable between tokenizers.
+    """
+
+    loss: float
+    num_tokens: int
+    bits_per_byte: float | None
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    token_bytes: Int[Tensor, "V"] | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Evaluation:
+    """Return the loss of `model` over all batches, weighted by tokens, not by batches.
+
+    `token_bytes[id]` is the number of bytes a token id stands for; without it there are no bits
+    per byte. Modes of all modules and the default random generators are as before afterwards.
+    The model runs uncompiled: sharing a compiled function's shapes would move training's gradients.
+
+    Errors: ValueError if no batch holds a target.
+    """
+    device = next(model.parameters()).device
+    total, num_tokens, num_bytes = 0.0, 0, 0
+    with module_modes(model, training=False), random_state_kept(device), torch.no_grad():
+        for given in batches:
+            batch = Batch.of(given)
+            valid = batch.targets[batch.targets != IGNORE_INDEX]
+            if token_bytes is not None:
+                num_bytes += int(token_bytes[valid.cpu()].sum())
+            num_tokens += valid.numel()
+            batch = batch.to(device)
+            with computing(precision, device):
+                logits = logits_of(model(batch.tokens, **batch.inputs))
+            total += float(compute_loss(logits, batch.targets, num_tokens=1))
+    if not num_tokens:
+        raise ValueError("nothing to evaluate: no batch holds a target; give more text")
+    bits = total / math.log(2) / num_bytes if num_bytes else None
+    return Evaluation(total / num_tokens, num_tokens, bits)

@@ -1,0 +1,132 @@
+"""Optimizers: AdamW with honest decay groups, and Muon paired with it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return every parameter that requires a gradient; tied ones appear once."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient; "
+            "unfreeze what should be trained"
+        )
+    return parameters
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups: matrices with `weight_decay`; norms, biases and other vectors with 0.0."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def hidden_matrices(model: nn.Module, head: nn.Module | None) -> list[nn.Parameter]:
+    """Return what Muon takes: matrices except embeddings, what is tied to them, and the head.
+
+    `head` is the layer that produces the logits, if it is a module of its own.
+    Errors: ValueError for a model without such a matrix.
+    """
+    others = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module is head
+        for parameter in module.parameters(recurse=False)
+    }
+    matrices = [p for p in trainable_parameters(model) if p.dim() == 2 and id(p) not in others]
+    if not matrices:
+        raise ValueError(
+            f"optimizer=muon finds no hidden matrix in {type(model).__name__}: every matrix is an "
+            "embedding or the head; use optimizer=adamw"
+        )
+    return matrices
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether the optimizer takes a device flag that makes it leave everything as it was.
+
+    Fused Adam and AdamW do: with `found_inf` set, parameters, moments and their step stay
+    bit-unchanged, and the host need not wait to learn whether the gradients were finite.
+    """
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and all(
+        group["fused"] for group in optimizer.param_groups
+    )
+
+
+def adamw(
+    parameters: Sequence[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """Return AdamW over two decay groups, fused where torch has it.
+
+    Source: Loshchilov & Hutter 2019, algorithm 2.
+    """
+    # One fused pass over memory: 5 ms a step against 12 (loop) and 16 (foreach) on W1.
+    fused = all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in parameters)
+    return torch.optim.AdamW(
+        decay_groups(parameters, weight_decay),
+        lr=learning_rate,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        fused=fused,
+    )
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for the rest, as one optimizer with one state.
+
+    `defaults` and the first two groups are AdamW's; the last group is Muon's.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
+
+    def __init__(self, rest: torch.optim.AdamW, matrices: torch.optim.Muon) -> None:
+        self._adamw, self._muon = rest, matrices
+        super().__init__([*rest.param_groups, *matrices.param_groups], rest.defaults)
+        self._share()
+
+    def _share(self) -> None:
+        """Let both halves work on this optimizer's own groups and state."""
+        self._adamw.param_groups = self.param_groups[:-1]
+        self._muon.param_groups = self.param_groups[-1:]
+        self._adamw.state = self._muon.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this pair."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter once."""
+        loss = self._adamw.step(closure)
+        self._muon.step()  # type: ignore[no-untyped-call]
+        return loss
+
+
+def clip_gradients(gradients: list[Tensor], max_norm: float | None) -> Tensor:
+    """Scale gradients in place so that their global norm is at most `max_norm`; return the norm.
+
+    The norm is measured before. At or below the limit nothing changes, not by a bit: torch's
+    `clip_grad_norm_` already scales just below it, because it divides by norm + 1e-6.
+    """
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is None:
+        return norm
+    factor = torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm))
+    if norm.device.type != "cpu" or factor != 1:  # a CPU can look, and save a pass over memory
+        torch._foreach_mul_(gradients, factor)
+    return norm

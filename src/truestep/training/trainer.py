@@ -1,0 +1,279 @@
+"""The trainer: one step that is right, and the loop around it."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from truestep import runtime
+from truestep.batch import Batch, check_token_ids
+from truestep.config import TrainingConfig
+from truestep.loss import compute_loss
+from truestep.metrics import StepMetrics
+from truestep.observe.sinks import ConsoleSink, Sink
+from truestep.training.compose import build_optimizer, build_schedule
+from truestep.training.evaluate import Evaluation, evaluate
+from truestep.training.feed import StepData, batches_from, fit_inputs
+from truestep.training.optim import clip_gradients, skips_on_device
+from truestep.training.probe import ModelFacts, logits_of, probe
+from truestep.training.schedule import Schedule
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient was not finite; parameters and optimizer state were left unchanged."""
+
+
+class Companion(NamedTuple):
+    """A function that `fit` calls every `interval` updates, and after the last."""
+
+    interval: int
+    function: Callable[["Trainer", StepMetrics], object]
+
+
+def every(interval: int, function: Callable[["Trainer", StepMetrics], object]) -> Companion:
+    """Have `fit` call `function(trainer, metrics)` every `interval` updates and after the last."""
+    if interval < 1:
+        raise ValueError(f"every({interval}, …) counts updates between calls; use 1 or more")
+    return Companion(interval, function)
+
+
+class _Launched(NamedTuple):
+    """A step whose numbers may still be on their way from the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    num_tokens: Tensor
+    learning_rate: float
+
+
+class Trainer:
+    """Trains any module that maps tokens [B, T] to logits [B, T, V].
+
+    The model may return a tensor, `DeferredLogits`, or an object with `.logits`. `optimizer` and
+    `schedule` replace those that `config` names; `companions` are made by `every`; `sinks` receive
+    every record (default: lines on the console). `step` counts the updates so far.
+
+    Errors: ValueError for a model without trainable parameters, or a device that is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: Schedule | None = None,
+        device: str | torch.device = "auto",
+        companions: Iterable[Companion] = (),
+        sinks: Iterable[Sink] | None = None,
+    ) -> None:
+        runtime.keep_freed_memory()
+        config = config or TrainingConfig()
+        self.device = runtime.resolve_device(str(device))
+        self.model = model.to(self.device)
+        self.precision = runtime.resolve_precision(config.precision, model, self.device)
+        self.config = config.model_copy(update={"precision": self.precision})
+        self.optimizer = optimizer or build_optimizer(model, config)
+        self.schedule = schedule or build_schedule(config)
+        self.companions = list(companions)
+        self.sinks = [ConsoleSink()] if sinks is None else list(sinks)
+        self.runs_ahead = self.device.type != "cpu"  # `fit` reads a step while the next one runs
+        self.step = 0
+        self.stop_reason: str | None = None
+        self.facts: ModelFacts | None = None  # what `prepare` learns from the first batch
+        self._forward_loss: Callable[..., Tensor] | None = None
+        self._halted: Tensor | None = None
+        self._steps_taken = 0
+        self._clock = 0.0  # when the time that the next record reports began
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def training_step(self, batch: Any) -> StepMetrics:
+        """Update the parameters once from `batch`, log the loss, and return the step's metrics.
+
+        `batch` is anything that `Batch.of` takes. A loss or gradient that is not finite, and a
+        batch without a target, change nothing; `metrics.skipped` says so.
+        """
+        self._clock = time.perf_counter()
+        return self._report(self._step(batch))
+
+    def _step(self, batch: Any) -> _Launched:
+        """Forward, loss, backward and update: the whole of training is here."""
+        batch = self._checked(Batch.of(batch))
+        num_tokens = batch.num_targets.to(self.device)  # of the whole global batch
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        with self._step_state():
+            for micro_batch in batch.to(self.device).split(self._micro_batch_size(batch)):
+                # Seeded by global position: dropout is a function of the step, with no state.
+                with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
+                    loss = loss + self._forward_backward(micro_batch, num_tokens)
+            grad_norm = self._clip_gradients()  # measured even when clipping is off
+            skipped = self._must_skip(loss.isfinite() & grad_norm.isfinite(), num_tokens)
+            learning_rate = self._set_learning_rates()
+            self._update(skipped)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._steps_taken += 1
+        return _Launched(self.step, loss, grad_norm, skipped, num_tokens, learning_rate)
+
+    def fit(self, data: StepData | Iterable[Any], num_steps: int | None = None) -> None:
+        """Train up to step `num_steps` (default: the config's), calling the companions on the way.
+
+        `data` has `batch_at(step)`, or is an iterable of batches. On an accelerator the record of
+        a step is written while the next one runs; companions and the end wait for it.
+        Errors: NonFiniteError at a loss or gradient that is not finite; `step` then counts the
+        updates that were made.
+        """
+        end = self.config.num_steps if num_steps is None else num_steps
+        resumed = self.step != self._steps_taken
+        self.stop_reason = None
+        self._halted = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._clock = time.perf_counter()
+        in_flight: list[_Launched] = []
+        try:
+            if self.step < end:
+                for batch in batches_from(data, self.step, resumed=resumed):
+                    in_flight.append(self._step(batch))
+                    due = self._due(self.step, end)
+                    while len(in_flight) > (1 if self.runs_ahead and not due else 0):
+                        self._finish(in_flight.pop(0), end)
+                    if self.step >= end or self.stop_reason is not None:
+                        break
+        except NonFiniteError:
+            in_flight.clear()  # launched after it, and halted: these updated nothing
+            raise
+        finally:
+            self._halted = None
+            for launched in in_flight:  # an exception came between: what was done is still logged
+                self._report(launched)
+
+    def stop(self, reason: str) -> None:
+        """End `fit` after the current step; `stop_reason` keeps the reason."""
+        self.stop_reason = reason
+
+    def evaluate(self, batches: Iterable[Any], *, token_bytes: Tensor | None = None) -> Evaluation:
+        """Return the loss over all batches in this trainer's precision; training is untouched."""
+        return evaluate(self.model, batches, token_bytes=token_bytes, precision=self.precision)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a record to every sink."""
+        for sink in self.sinks:
+            sink.write(record)
+
+    def prepare(self, batch: Any) -> None:
+        """Resolve what depends on a batch's shape; the first step does it if nobody did."""
+        batch = fit_inputs(Batch.of(batch), self.model)
+        self.facts = probe(self.model, batch)
+        flops = self.facts.flops_per_token if self.facts else 0.0
+        run_flops = flops * batch.tokens.numel() * self.config.num_steps
+        compile_it = runtime.resolve_compile(self.config.compile, self.device, run_flops)
+        self.config = self.config.model_copy(update={"compile": "on" if compile_it else "off"})
+        model, precision, device = self.model, self.precision, self.device
+
+        # One unit of cast, model and loss; a closure, so that nothing that varies is traced.
+        def forward_loss(
+            tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
+        ) -> Tensor:
+            with runtime.computing(precision, device):
+                logits = logits_of(model(tokens, **inputs))
+            return compute_loss(logits, targets, num_tokens=num_tokens)
+
+        self._forward_loss = runtime.compiled(forward_loss) if compile_it else forward_loss
+
+    # The parts of a step.
+
+    def _checked(self, batch: Batch) -> Batch:
+        """Return the batch as the model takes it, or refuse it before the device sees it."""
+        if self._forward_loss is None:
+            self.prepare(batch)
+        if self.facts is not None:
+            check_token_ids(batch, self.facts.vocab_size)
+        return fit_inputs(batch, self.model)
+
+    @contextlib.contextmanager
+    def _step_state(self) -> Iterator[None]:
+        """Train mode and deterministic algorithms, for this step only."""
+        with (
+            runtime.module_modes(self.model, training=True),
+            runtime.deterministic_algorithms(self.config.deterministic, self.device),
+        ):
+            yield
+
+    def _micro_batch_size(self, batch: Batch) -> int:
+        size = self.config.micro_batch_size
+        return len(batch.tokens) if size == "auto" else size
+
+    def _forward_backward(self, batch: Batch, num_tokens: Tensor) -> Tensor:
+        """Add this micro-batch's share of the gradient; return its share of the loss."""
+        assert self._forward_loss is not None
+        loss = self._forward_loss(batch.tokens, batch.targets, dict(batch.inputs), num_tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _clip_gradients(self) -> Tensor:
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        max_norm = self.config.max_grad_norm
+        return clip_gradients(gradients, None if max_norm == "off" else max_norm).to(self.device)
+
+    def _must_skip(self, finite: Tensor, num_tokens: Tensor) -> Tensor:
+        """Return the device flag that leaves everything as it was; in `fit` it is sticky."""
+        skip = ~finite
+        if self._halted is not None:
+            skip = self._halted = self._halted | skip  # no later step may update either
+        return skip | (num_tokens == 0)
+
+    def _set_learning_rates(self) -> float:
+        """Set each group's rate for this step; return the first group's."""
+        factor = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _update(self, skipped: Tensor) -> None:
+        if skips_on_device(self.optimizer):
+            # The fused kernel reads the flag on the device; the host need not wait for it.
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+
+    # What a step tells.
+
+    def _report(self, launched: _Launched) -> StepMetrics:
+        """Read the step's numbers from the device and log them."""
+        metrics = StepMetrics(
+            step=launched.step,
+            loss=launched.loss.item(),
+            grad_norm=launched.grad_norm.item(),
+            learning_rate=launched.learning_rate,
+            num_tokens=int(launched.num_tokens),
+            step_seconds=time.perf_counter() - self._clock,
+            skipped=bool(launched.skipped),
+        )
+        self.log(metrics.as_record())
+        self._clock = time.perf_counter()
+        return metrics
+
+    def _due(self, step: int, end: int) -> bool:
+        return any(step % c.interval == 0 or step == end for c in self.companions)
+
+    def _finish(self, launched: _Launched, end: int) -> None:
+        """Log a step of `fit`, stop at a number that is not finite, and call its companions."""
+        metrics = self._report(launched)
+        if metrics.skipped and metrics.num_tokens:
+            self.step = metrics.step - 1
+            raise NonFiniteError(
+                f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; "
+                "nothing was updated. Lower learning_rate or check this step's data"
+            )
+        for companion in self.companions:
+            if metrics.step % companion.interval == 0 or metrics.step == end:
+                companion.function(self, metrics)
+        self._clock = time.perf_counter()  # what companions took is no part of a step

@@ -1,0 +1,320 @@
+"""The step's laws: 4, 7, 8, 11, 12, 14 and 18, against written formulas and one big batch."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from truestep import IGNORE_INDEX, Batch, NonFiniteError, Trainer, TrainingConfig, every
+from truestep.training.optim import adamw, clip_gradients, decay_groups
+
+PLAIN = {"precision": "float32", "compile": "off", "max_grad_norm": "off"}
+
+
+def plain_config(**changes):
+    return TrainingConfig(**(PLAIN | changes))
+
+
+def ragged(windows, batch_size=6, length=8):
+    """A batch whose rows hold very different numbers of targets."""
+    batch = windows(batch_size, length)
+    targets = batch[:, 1:].clone()
+    for row in range(batch_size):
+        targets[row, row + 1 :] = IGNORE_INDEX
+    return Batch(batch[:, :-1], targets)
+
+
+def gradients_of(trainer, batch):
+    """The gradients of one step, seen by an optimizer that keeps them."""
+    seen = []
+
+    def keep(optimizer, *_):
+        seen.extend(p.grad.clone() for g in optimizer.param_groups for p in g["params"])
+
+    handle = trainer.optimizer.register_step_pre_hook(keep)
+    metrics = trainer.training_step(batch)
+    handle.remove()
+    return metrics, seen
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])
+def test_micro_batches_with_unequal_counts_add_up_to_one_big_batch(
+    bigram, windows, dtype, tolerance, micro_batch_size
+):
+    batch = ragged(windows)
+    results = []
+    for size in ("auto", micro_batch_size):
+        trainer = Trainer(bigram().to(dtype), plain_config(micro_batch_size=size), sinks=[])
+        results.append(gradients_of(trainer, batch))
+    (whole, whole_gradients), (split, split_gradients) = results
+    assert split.loss == pytest.approx(whole.loss, rel=tolerance)
+    for mine, theirs in zip(split_gradients, whole_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+
+
+def test_the_mean_of_micro_batch_means_is_another_number_so_the_law_can_fail(bigram, windows):
+    batch, model = ragged(windows), bigram()
+    trainer = Trainer(model, plain_config(micro_batch_size=2), sinks=[])
+    means = []
+    with torch.no_grad():
+        for part in batch.split(2):
+            logits = model(part.tokens)
+            means.append(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.targets.flatten())
+            )
+    assert abs(trainer.training_step(batch).loss - float(sum(means) / 3)) > 1e-3
+
+
+def state_of(trainer):
+    tensors = [p.detach().clone() for p in trainer.model.parameters()]
+    for parameter in trainer.model.parameters():
+        state = trainer.optimizer.state.get(parameter, {})
+        tensors += [value.clone() for value in state.values()]
+    return tensors
+
+
+def assert_same_bits(first, second):
+    assert len(first) == len(second)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_batch_without_targets_costs_zero_and_changes_no_bit(bigram, windows, optimizer):
+    trainer = build(bigram(), optimizer)
+    trainer.training_step(windows())
+    before = state_of(trainer)
+    tokens = windows()[:, :-1]
+    metrics = trainer.training_step((tokens, torch.full_like(tokens, IGNORE_INDEX)))
+    assert (metrics.loss, metrics.grad_norm, metrics.skipped) == (0.0, 0.0, True)
+    assert trainer.step == 2
+    assert_same_bits(state_of(trainer), before)
+
+
+def build(model, optimizer, **options):
+    if optimizer == "sgd":
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return Trainer(model, plain_config(), optimizer=sgd, sinks=[], **options)
+    return Trainer(model, plain_config(optimizer=optimizer), sinks=[], **options)
+
+
+class Poison(torch.nn.Module):
+    """A model that turns non-finite when told to, in its loss or only in one gradient."""
+
+    def __init__(self, model, where):
+        super().__init__()
+        self.model, self.where, self.armed = model, where, False
+
+    def forward(self, tokens):
+        logits = self.model(tokens)
+        if self.armed and self.where == "loss":
+            return logits * math.nan
+        if self.armed and self.where == "gradient" and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * math.inf)
+        if self.armed and self.where == "overflow":
+            return logits * 3e38 * 10
+        return logits
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "overflow"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_non_finite_loss_or_gradient_changes_no_bit_and_fit_stops(
+    bigram, windows, where, optimizer
+):
+    model = Poison(bigram(), where)
+    trainer = build(model, optimizer, companions=[every(3, lambda t, _: arm(model))])
+    with pytest.raises(NonFiniteError, match="step 4"):
+        trainer.fit([windows(seed=i) for i in range(10)], num_steps=10)
+    assert trainer.step == 3
+    before = state_of(trainer)
+    metrics = trainer.training_step(windows())
+    assert metrics.skipped
+    assert_same_bits(state_of(trainer), before)
+
+
+def arm(model):
+    model.armed = True
+
+
+def test_on_an_accelerator_no_step_launched_after_a_non_finite_one_updates(bigram, windows):
+    """The CPU plays the accelerator: a step is read only after the next was launched."""
+    model = Poison(bigram(), "loss")
+    trainer = build(model, "adamw")
+    trainer._halted = torch.zeros((), dtype=torch.bool)
+    trainer._step(windows())
+    arm(model)
+    before = state_of(trainer)
+    assert bool(trainer._step(windows()).skipped)
+    model.armed = False
+    assert bool(trainer._step(windows()).skipped)
+    assert_same_bits(state_of(trainer), before)
+
+
+def test_every_parameter_is_in_exactly_one_group_and_tied_ones_once(bigram):
+    model = bigram(vocab_size=8)
+    model.head.weight = model.embedding.weight
+    groups = Trainer(model, sinks=[]).optimizer.param_groups
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.dim() >= 2 for p in groups[0]["params"])
+    assert all(p.dim() < 2 for p in groups[1]["params"])
+
+
+def test_zero_gradient_decays_matrices_by_the_formula_and_nothing_else(bigram):
+    model = bigram()
+    optimizer = adamw(
+        list(model.parameters()), learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(50):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert torch.equal(parameter, before[name])
+        else:
+            expected = before[name].double() * (1 - 0.01 * 0.1) ** 50
+            torch.testing.assert_close(parameter.double(), expected, rtol=1e-6 * 50, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_the_written_formula_over_100_steps(dtype, tolerance, fused):
+    generator = torch.Generator().manual_seed(0)
+    # As large as trained weights are; at 1.0 a hundred float32 roundings alone exceed 1e-6.
+    start = torch.randn(5, 3, generator=generator, dtype=dtype) * 0.1
+    parameter = torch.nn.Parameter(start.clone())
+    lr, decay, (beta1, beta2), eps = 3e-4, 0.1, (0.9, 0.95), 1e-8
+    optimizer = adamw([parameter], learning_rate=lr, weight_decay=decay, betas=(beta1, beta2))
+    optimizer.param_groups[0]["fused"] = fused
+    theta, first, second = start.double(), torch.zeros(5, 3).double(), torch.zeros(5, 3).double()
+    for t in range(1, 101):
+        gradient = torch.randn(5, 3, generator=generator, dtype=dtype)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        # Loshchilov & Hutter 2019, algorithm 2, lines 6 to 12, in float64.
+        g = gradient.double()
+        first = beta1 * first + (1 - beta1) * g
+        second = beta2 * second + (1 - beta2) * g * g
+        step = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + eps)
+        theta = theta - lr * decay * theta - lr * step
+    torch.testing.assert_close(parameter.detach().double(), theta, rtol=0, atol=tolerance)
+
+
+def test_clipping_at_or_below_the_limit_changes_no_bit():
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        gradients = [torch.randn(7, 5, generator=generator), torch.randn(9, generator=generator)]
+        before = [g.clone() for g in gradients]
+        norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+        limit = float(clip_gradients([g.clone() for g in gradients], None))
+        assert limit == pytest.approx(norm, rel=1e-6)
+        clip_gradients(gradients, limit)
+        assert_same_bits(gradients, before)
+
+
+def test_clipping_above_the_limit_brings_the_norm_to_it():
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        gradients = [torch.randn(40, 30, generator=generator) * 10**seed for _ in range(1)]
+        direction = gradients[0].double().clone()
+        clip_gradients(gradients, 0.5)
+        norm = float(gradients[0].double().norm())
+        assert 0.5 * (1 - 1e-5) <= norm <= 0.5 * (1 + 1e-6)
+        cosine = float((gradients[0].double() * direction).sum() / norm / direction.norm())
+        assert cosine == pytest.approx(1.0, abs=1e-6)
+        if seed > 15:
+            break
+
+
+def test_the_norm_is_measured_even_when_clipping_is_off(bigram, windows):
+    metrics, gradients = gradients_of(Trainer(bigram(), plain_config(), sinks=[]), windows())
+    exact = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
+    assert metrics.grad_norm == pytest.approx(exact, rel=1e-6)
+
+
+def test_gradients_left_by_the_user_are_not_used_and_none_are_left_behind(bigram, windows):
+    results = []
+    for stray in (False, True):
+        model = bigram()
+        if stray:
+            model(windows()[:, :-1]).sum().backward()
+        Trainer(model, plain_config(), sinks=[]).training_step(windows())
+        assert all(p.grad is None for p in model.parameters())
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert_same_bits(*results)
+
+
+def test_a_step_trains_in_train_mode_and_restores_every_mode(bigram, windows):
+    model = bigram(dropout=0.5)
+    model.dropout.eval()  # the user's own choice, inside a model in train mode
+    Trainer(model, plain_config(), sinks=[]).training_step(windows())
+    assert model.training
+    assert not model.dropout.training
+    model.eval()
+    seen = []
+    model.dropout.register_forward_hook(lambda module, *_: seen.append(module.training))
+    Trainer(model, plain_config(), sinks=[]).training_step(windows())
+    assert True in seen
+    assert not model.training
+
+
+def test_dropout_is_a_function_of_seed_and_step_and_leaves_the_users_generator_alone(
+    bigram, windows
+):
+    losses = []
+    for noise in (0, 7):
+        torch.manual_seed(noise)
+        trainer = Trainer(bigram(dropout=0.5), plain_config(micro_batch_size=2), sinks=[])
+        before = torch.get_rng_state()
+        losses.append([trainer.training_step(windows()).loss for _ in range(5)])
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(noise + 1)
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 5
+    other = Trainer(bigram(dropout=0.5), plain_config(micro_batch_size=2, seed=1), sinks=[])
+    assert other.training_step(windows()).loss != losses[0][0]
+
+
+def test_the_process_keeps_its_own_determinism_settings(bigram, windows):
+    assert not torch.are_deterministic_algorithms_enabled()
+    inside = []
+    model = bigram()
+    model.register_forward_hook(
+        lambda *_: inside.append(torch.are_deterministic_algorithms_enabled())
+    )
+    Trainer(model, plain_config(), sinks=[]).training_step(windows())
+    assert inside[-1]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_decay_groups_hold_matrices_and_vectors_apart(bigram):
+    matrices, vectors = decay_groups(bigram().parameters(), 0.3)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest_as_one_optimizer(bigram, windows):
+    model = bigram()
+    trainer = Trainer(model, plain_config(optimizer="muon"), sinks=[])
+    hidden = trainer.optimizer.param_groups[-1]["params"]
+    assert [id(p) for p in hidden] == [id(model.hidden.weight)]
+    assert trainer.optimizer.defaults["lr"] == 3e-4
+    before = [p.detach().clone() for p in model.parameters()]
+    trainer.training_step(windows())
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert len(trainer.optimizer.state) == len(before)
+    assert "momentum_buffer" in trainer.optimizer.state[model.hidden.weight]
+
+
+def test_a_muon_pair_goes_on_from_its_state_dict_bit_for_bit(bigram, windows):
+    first = Trainer(bigram(), plain_config(optimizer="muon"), sinks=[])
+    first.training_step(windows(seed=1))
+    second = Trainer(bigram(), plain_config(optimizer="muon"), sinks=[])
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.step = 1
+    assert first.training_step(windows(seed=2)).loss == second.training_step(windows(seed=2)).loss
+    assert_same_bits(state_of(first), state_of(second))
