@@ -1,0 +1,350 @@
+"""Token shards: the prepared form of a corpus, written once and read at any place.
+
+A prepared directory holds, for each split, shards of little-endian ids and a list of documents.
+Shards are read by pread and never mapped: a file cut short under a map kills the process, a short
+read can be named.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, pairwise
+from operator import itemgetter
+from pathlib import Path
+from stat import S_ISREG
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jaxtyping import Int64, Integer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from truestep.data.tokenizer import Tokenizer, load_tokenizer
+from truestep.storage import (
+    MANIFEST,
+    DirectoryWriter,
+    FileRecord,
+    StorageError,
+    read_file,
+    read_manifest,
+)
+
+FORMAT = "truestep tokens"
+FORMAT_VERSION = 1
+SHARD_TOKENS = 2**24  # 16 to 64 MiB, by the width of an id
+_OPEN_SHARDS = 64  # descriptors a split holds at most
+
+Count = Annotated[int, Field(ge=0, le=2**60)]
+
+
+class SplitRecord(BaseModel):
+    """What a manifest says of one split."""
+
+    model_config = ConfigDict(strict=True)
+
+    shards: list[Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{5,9}\.bin$")]]
+    documents: Annotated[str, Field(pattern=r"^[a-z]+-documents\.jsonl$")]
+    num_tokens: Count
+    num_documents: Count
+    num_bytes: Count
+
+
+class _TokenizerRecord(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(max_length=1000)]
+    fingerprint: str
+
+
+class _Manifest(BaseModel):
+    """What the manifest of a prepared directory must have, beside storage's `files`."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal["truestep tokens"]
+    version: Literal[1]
+    source: str
+    tokenizer: _TokenizerRecord
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+    dtype: Literal["uint8", "uint16", "uint32"]
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    train: SplitRecord
+    validation: SplitRecord
+
+
+class _Descriptor:
+    """An open file that closes with its last user: a thread may still read what was evicted."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if (number := self.__dict__.get("number")) is not None:  # opening may have failed
+            os.close(number)
+
+
+class TokenSplit:
+    """The token ids of one split, across its shards; reading is safe from several threads.
+
+    `num_bytes` counts the UTF-8 bytes of its text: what bits per byte are divided by.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        record: SplitRecord,
+        files: Mapping[str, FileRecord],
+        *,
+        dtype: str,
+        vocab_size: int,
+    ) -> None:
+        self.num_documents = record.num_documents
+        self.num_bytes = record.num_bytes
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._vocab_size = vocab_size
+        self._shards = [directory / name for name in record.shards]
+        self._starts = [0]  # of every shard, in tokens, and the end of the last
+        for path in self._shards:
+            self._starts.append(self._starts[-1] + self._shard_tokens(path, files))
+        if len(self) != record.num_tokens:
+            raise StorageError(
+                f"{directory / MANIFEST}: expected shards of {record.num_tokens} tokens, "
+                f"found {len(self)}"
+            )
+        self._documents_file = directory / record.documents
+        self._documents_record = _record_of(self._documents_file, files)
+        self._documents: tuple[list[str], list[int]] | None = None
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(_Descriptor)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> Int64[np.ndarray, "N"]:
+        """Return the ids at positions start to stop - 1.
+
+        Errors: StorageError naming the shard, for bytes that are missing and for an id that is
+        not in the vocabulary; ValueError for positions outside the split.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"tokens {start}:{stop} are outside the split's {len(self)}")
+        ids = np.empty(stop - start, dtype=np.int64)
+        position = start
+        shard = bisect_right(self._starts, start) - 1
+        while position < stop:
+            end = min(stop, self._starts[shard + 1])
+            ids[position - start : end - start] = self._read_shard(
+                shard, position - self._starts[shard], end - position
+            )
+            position, shard = end, shard + 1
+        return ids
+
+    def document_at(self, position: int) -> tuple[str, int]:
+        """Return the name of the document that holds `position`, and where it starts.
+
+        Errors: ValueError for a position outside the split, StorageError for a damaged list.
+        """
+        if not 0 <= position < len(self):
+            raise ValueError(f"position {position} is outside the split's {len(self)} tokens")
+        if self._documents is None:
+            self._documents = self._load_documents()
+        names, starts = self._documents
+        document = bisect_right(starts, position) - 1
+        return names[document], starts[document]
+
+    def _read_shard(self, shard: int, offset: int, count: int) -> Integer[np.ndarray, "N"]:
+        path, width = self._shards[shard], self._dtype.itemsize
+        descriptor = self._open(path)
+        parts, missing = [], count * width
+        while missing:
+            part = os.pread(descriptor.number, missing, (offset + count) * width - missing)
+            if not part:
+                raise StorageError(
+                    f"{path}: expected {count * width} bytes at offset {offset * width}, "
+                    f"found {count * width - missing}; the file was cut short: prepare it again"
+                )
+            parts.append(part)
+            missing -= len(part)
+        ids = np.frombuffer(b"".join(parts), dtype=self._dtype)
+        if ids.size and ids.max() >= self._vocab_size:
+            wrong = int(np.flatnonzero(ids >= self._vocab_size)[0])
+            raise StorageError(
+                f"{path}: the id {ids[wrong]} at offset {(offset + wrong) * width} is outside the "
+                f"vocabulary of {self._vocab_size}; prepare the text again"
+            )
+        return ids
+
+    def _shard_tokens(self, path: Path, files: Mapping[str, FileRecord]) -> int:
+        """Return how many tokens a shard holds, once its file has the size it must have."""
+        size, width = _record_of(path, files).size, self._dtype.itemsize
+        if size % width:
+            raise StorageError(f"{path}: {size} bytes are not a whole number of {self._dtype.name}")
+        return size // width
+
+    def _load_documents(self) -> tuple[list[str], list[int]]:
+        data = read_file(self._documents_file, self._documents_record)
+        try:
+            records = [json.loads(line) for line in data.splitlines()]
+            names = [str(record["name"]) for record in records]
+            starts = [int(record["start"]) for record in records]
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise StorageError(
+                f"{self._documents_file}: not a list of documents ({type(error).__name__})"
+            ) from None
+        rising = all(start < following for start, following in pairwise(starts))
+        if len(starts) != self.num_documents or starts[:1] != [0] or not rising:
+            raise StorageError(
+                f"{self._documents_file}: expected {self.num_documents} documents with rising "
+                f"starts from 0, found {len(starts)}"
+            )
+        return names, starts
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared directory, open for reading."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    train: TokenSplit
+    validation: TokenSplit
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def open_prepared(directory: Path, tokenizer: Tokenizer | None = None) -> PreparedData:
+    """Open a prepared directory; `tokenizer` defaults to the one its manifest names.
+
+    Errors: StorageError naming the file, what was expected and what was found.
+    """
+    manifest, files = read_manifest(directory)
+    path = directory / MANIFEST
+    try:
+        checked = _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in detail["loc"])
+        raise StorageError(f"{path}: {field}: {detail['msg'].lower()}") from None
+    if tokenizer is None:
+        try:
+            tokenizer = load_tokenizer(checked.tokenizer.name)
+        except ValueError as error:
+            raise StorageError(f"{path}: {error}") from None
+    expected = {
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype_of(tokenizer.vocab_size),
+    }
+    found = {
+        "tokenizer": checked.tokenizer.fingerprint,
+        "vocab_size": checked.vocab_size,
+        "dtype": checked.dtype,
+    }
+    for key, value in expected.items():
+        if found[key] != value:
+            raise StorageError(
+                f"{path}: {key}: expected {value!r} as the tokenizer {tokenizer.name!r} has it, "
+                f"found {found[key]!r}; prepare the text again"
+            )
+    train, validation = (
+        TokenSplit(directory, record, files, dtype=checked.dtype, vocab_size=checked.vocab_size)
+        for record in (checked.train, checked.validation)
+    )
+    return PreparedData(directory, manifest, train, validation, tokenizer, checked.fingerprint)
+
+
+def dtype_of(vocab_size: int) -> Literal["uint8", "uint16", "uint32"]:
+    """Return the narrowest type that holds every id of a vocabulary."""
+    if vocab_size <= 2**8:
+        return "uint8"
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def write_split(
+    writer: DirectoryWriter,
+    split: str,
+    documents: Iterable[tuple[str, Iterable[Int64[np.ndarray, "_"]]]],
+    tokenizer: Tokenizer,
+    shard_tokens: int = SHARD_TOKENS,
+) -> SplitRecord:
+    """Write the shards and the list of documents of one split and return its record.
+
+    A document is its name and its ids, in pieces; one without any id is left out, the others end
+    with the end-of-document id. Memory holds a piece of one document and the list.
+
+    Errors: ValueError for an id outside the tokenizer's vocabulary, naming the document.
+    """
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
+    lines: list[bytes] = []
+    counts = {"tokens": 0, "bytes": 0}
+
+    def pieces() -> Iterator[Int64[np.ndarray, "_"]]:
+        end = np.array([tokenizer.end_of_document], dtype=np.int64)
+        for name, parts in documents:
+            start = counts["tokens"]
+            for part in parts:
+                _check_ids(part, name, tokenizer)
+                counts["tokens"] += part.size
+                counts["bytes"] += int(tokenizer.token_bytes[part].sum())
+                yield part
+            if counts["tokens"] > start:
+                lines.append(json.dumps({"name": name, "start": start}).encode() + b"\n")
+                counts["tokens"] += 1
+                yield end
+
+    dtype = np.dtype(dtype_of(tokenizer.vocab_size)).newbyteorder("<")
+    shards = []
+    for number, group in groupby(_cut(pieces(), shard_tokens), key=itemgetter(0)):
+        shards.append(f"{split}-{number:05d}.bin")
+        writer.write(shards[-1], (ids.astype(dtype).view(np.uint8) for _, ids in group))
+    documents_file = f"{split}-documents.jsonl"
+    writer.write(documents_file, [b"".join(lines)] if lines else [])
+    return SplitRecord(
+        shards=shards,
+        documents=documents_file,
+        num_tokens=counts["tokens"],
+        num_documents=len(lines),
+        num_bytes=counts["bytes"],
+    )
+
+
+def _cut(
+    pieces: Iterable[Int64[np.ndarray, "_"]], shard_tokens: int
+) -> Iterator[tuple[int, Int64[np.ndarray, "_"]]]:
+    """Yield the pieces with the number of their shard, cut where a shard is full."""
+    position = 0
+    for piece in pieces:
+        taken = 0
+        while taken < piece.size:
+            shard, filled = divmod(position, shard_tokens)
+            part = piece[taken : taken + shard_tokens - filled]
+            yield shard, part
+            taken += part.size
+            position += part.size
+
+
+def _check_ids(ids: Int64[np.ndarray, "N"], name: str, tokenizer: Tokenizer) -> None:
+    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if wrong.size:
+        raise ValueError(
+            f"document {name!r}: the tokenizer {tokenizer.name!r} gave the id {wrong[0]}, outside "
+            f"its vocabulary of {tokenizer.vocab_size}"
+        )
+
+
+def _record_of(path: Path, files: Mapping[str, FileRecord]) -> FileRecord:
+    """Return the record of a file that is there and has its recorded size."""
+    record = files.get(path.name)
+    if record is None:
+        raise StorageError(f"{path.parent / MANIFEST}: files: no record of {path.name}")
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise StorageError(f"{path}: the file is missing") from None
+    if not S_ISREG(status.st_mode):
+        raise StorageError(f"{path}: expected a file, found something else")
+    if status.st_size != record.size:
+        raise StorageError(f"{path}: expected {record.size} bytes, found {status.st_size}")
+    return record
