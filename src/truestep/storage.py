@@ -9,14 +9,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
@@ -238,18 +240,18 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord
 
 def _file_record(value: Any) -> FileRecord:
     size, sha256 = value["size"], value["sha256"]
-    if type(size) is not int or size < 0 or not isinstance(sha256, str):
-        raise ValueError(f"size {size!r} and sha256 {sha256!r} must be a count and a hash")
+    if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("a file's size must be a count and its sha256 64 hexadecimal digits")
     return FileRecord(size, sha256)
 
 
 def _compare(path: Path, record: FileRecord, sha256: str) -> None:
     if sha256 != record.sha256:
-        raise StorageError(f"{path}: expected sha256 {record.sha256!r}, found {sha256!r}")
+        raise StorageError(f"{path}: expected sha256 {record.sha256}, found {sha256}")
 
 
 @contextmanager
-def _open(path: Path, record: FileRecord | None) -> Iterator[tuple[BinaryIO, int]]:
+def _open(path: Path, record: FileRecord | None) -> Iterator[tuple[BufferedReader, int]]:
     """Open a regular file, as long as its record says, and yield it with its size."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as stream:
