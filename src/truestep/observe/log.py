@@ -48,7 +48,7 @@ def read_records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if not line.endswith(b"\n"):  # killed while writing: the step was never committed
                 return
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict) or type(record.get("step")) is not int:
@@ -85,4 +85,4 @@ def _as_numpy(columns: dict[str, Any]) -> dict[str, Column]:
 
 
 def _corrupt(path: Path, number: int, reason: str) -> ValueError:
-    return ValueError(f"{path}: line {number} is {reason}; repair or remove that line")
+    return ValueError(f"{path}: line {number}: {reason}; repair or remove that line")

@@ -39,7 +39,10 @@ def format_duration(seconds: float) -> str:
 
 
 def format_tick(value: float) -> str:
-    """Return the number at a mark of an axis, short: 1.5, 0.0003, 120k."""
+    """Return the number at a mark of an axis, short: 1.5, 3e-4, 120k."""
+    if 0 < abs(value) < 1e-3:
+        digits, power = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     if 1e4 <= abs(value) < 1e9:
         return f"{value / 1000:,.6g}k"
     return f"{value:.4g}"

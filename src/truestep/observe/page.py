@@ -1,0 +1,236 @@
+"""Write a run's report: one HTML file that needs nothing else and runs no script."""
+
+import json
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truestep.observe import svg
+from truestep.observe.charts import make_charts
+from truestep.observe.log import Metrics, read_records
+from truestep.observe.plots import read_run, summarize
+from truestep.observe.text import format_duration, printable, printable_line
+from truestep.settings import read_settings_file
+from truestep.storage import LOCAL, read_file, replace_file
+
+_MANIFEST_LIMIT_BYTES = 2**20  # facts about a run, not data
+_MAX_SAMPLES = 12
+
+_STYLE = (
+    """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --card: #f6f7f9; --ink: #1b2430; --faint: #626d7b; --line: #e3e6eb;
+  --blue: #2f6fde; --orange: #c9541e; --red: #c62f3b; --mark: #dfe9fc;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14181e; --card: #1c222b; --ink: #e4e8ee; --faint: #97a2b0; --line: #2c343f;
+    --blue: #6ea2ff; --orange: #f08a54; --red: #ff7680; --mark: #24385e;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 32px 20px 64px; max-width: 1040px;
+  background: var(--paper); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
+h1 { font-size: 26px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 44px 0 14px; }
+h3 { font-size: 14px; margin: 0 0 6px; }
+.subtitle, .unit, .note { color: var(--faint); }
+.subtitle { margin: 4px 0 24px; overflow-wrap: anywhere; }
+dl.facts {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 10px; margin: 0;
+}
+dl.facts div { background: var(--card); border-radius: 8px; padding: 10px 14px; }
+dl.facts dt { color: var(--faint); font-size: 13px; }
+dl.facts dd { margin: 0; font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.charts { display: grid; grid-template-columns: 1fr; gap: 28px; }
+figure { margin: 0; min-width: 0; }
+figcaption { margin-bottom: 6px; }
+figcaption h3 { margin: 0; }
+.wide { display: none; }
+@media (min-width: 760px) {
+  .charts { grid-template-columns: 1fr 1fr 1fr; }
+  .charts figure:first-child { grid-column: 1 / -1; }
+  .wide { display: block; }
+  .wide + .narrow { display: none; }
+}
+pre {
+  margin: 0; padding: 12px 14px; overflow-x: auto; max-height: 420px; tab-size: 4;
+  background: var(--card); border-radius: 8px;
+  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+}
+mark { background: var(--mark); color: inherit; border-radius: 3px; font-weight: 600; }
+.samples, .tables { display: grid; gap: 22px; grid-template-columns: minmax(0, 1fr); }
+@media (min-width: 760px) { .tables { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
+th, td {
+  text-align: left; font-weight: normal; vertical-align: top; overflow-wrap: anywhere;
+  padding: 4px 12px 4px 0; border-top: 1px solid var(--line);
+}
+th { color: var(--faint); width: 45%; }
+"""
+    + svg.STYLE
+)
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` from what a run's directory holds; it appears whole or not at all.
+
+    Missing pieces (samples, validations, config, manifest) are left out.
+    Errors: ValueError for a directory without steps, or for a file in it that cannot be read.
+    """
+    metrics = read_run(run)
+    if not len(metrics.training["step"]):
+        raise ValueError(f"{run} holds no steps yet; write the report once it has trained")
+    manifest, facts = _read_manifest(run)
+    name = _text(run.resolve().name)
+    sections = [
+        f'<h1>{name}</h1><p class="subtitle">{_subtitle(manifest)}</p>',
+        _headline(metrics, manifest),
+        _curves(metrics),
+        _samples(run / "samples.jsonl"),
+        _tables("Configuration", _config_tables(run)),
+        _tables("Facts", [("", facts)] if facts else []),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        # No script, no address: whatever a hostile name might have smuggled in stays inert.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{name} · truestep</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body>\n</html>\n"
+    )
+    path = run / "report.html"
+    replace_file(LOCAL, path, page.encode())
+    return path
+
+
+def _subtitle(manifest: Mapping[str, Any]) -> str:
+    keys = ("started", "device", "precision")
+    parts = [_value(manifest[key]) for key in keys if manifest.get(key)]
+    return " · ".join([*parts, "a report by truestep"])
+
+
+def _headline(metrics: Metrics, manifest: Mapping[str, Any]) -> str:
+    training = metrics.training
+    tokens, seconds = int(training["num_tokens"].sum()), float(np.nansum(training["step_seconds"]))
+    facts = [
+        *summarize(metrics),
+        ("steps", f"{training['step'][-1]:,}"),
+        ("tokens", f"{tokens:,}"),
+        ("training time", format_duration(seconds)),
+    ]
+    if seconds > 0:
+        facts.append(("tokens per second", f"{tokens / seconds:,.0f}"))
+    if skipped := int(training["skipped"].sum()):
+        facts.append(("skipped updates", f"{skipped:,}"))
+    if isinstance(parameters := manifest.get("num_parameters"), int):
+        facts.append(("parameters", f"{parameters:,}"))
+    cells = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _curves(metrics: Metrics) -> str:
+    figures = []
+    for chart in make_charts(metrics):
+        drawn = f'<div class="narrow">{svg.draw_svg(chart, 330, 210)}</div>'
+        if chart.name == "loss":
+            drawn = f'<div class="wide">{svg.draw_svg(chart, 1000, 370)}</div>{drawn}'
+        key = svg.draw_key(chart)
+        figures.append(
+            f"<figure><figcaption><h3>{chart.title}</h3>{key}</figcaption>{drawn}</figure>"
+        )
+    return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+
+
+def _samples(path: Path) -> str:
+    records = [record for _, record in read_records(path)]
+    if not records:
+        return ""
+    count = min(len(records), _MAX_SAMPLES)
+    chosen = [records[i] for i in np.linspace(len(records) - 1, 0, count).round().astype(int)]
+    note = f", {count} of {len(records)}" if count < len(records) else ""
+    blocks = (
+        f"<section><h3>step {record['step']:,}</h3><pre>"
+        f"<mark>{_block(record.get('prompt'))}</mark>{_block(record.get('text'))}</pre></section>"
+        for record in chosen
+    )
+    return (
+        f'<h2>Samples <span class="note">newest first{note}</span></h2>'
+        f'<div class="samples">{"".join(blocks)}</div>'
+    )
+
+
+def _config_tables(run: Path) -> list[tuple[str, list[tuple[str, str]]]]:
+    path = run / "config.toml"
+    if not path.exists():
+        return []
+    config = read_settings_file(path)
+    flat = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    sections = {"": flat} if flat else {}
+    sections |= {key: value for key, value in config.items() if isinstance(value, dict)}
+    return [(name, _rows(values)) for name, values in sections.items()]
+
+
+def _tables(title: str, tables: list[tuple[str, list[tuple[str, str]]]]) -> str:
+    blocks = []
+    for name, rows in tables:
+        caption = f"<caption>{_text(name)}</caption>" if name else ""
+        body = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in rows)
+        blocks.append(f"<table>{caption}{body}</table>")
+    return f'<h2>{title}</h2><div class="tables">{"".join(blocks)}</div>' if blocks else ""
+
+
+def _read_manifest(run: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the run's manifest, and its facts as rows of a table."""
+    path = run / "manifest.json"
+    if not path.exists():
+        return {}, []
+    try:
+        manifest = json.loads(read_file(path, limit=_MANIFEST_LIMIT_BYTES))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is not an object")
+        return manifest, _rows(manifest)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; restore or remove it") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a manifest: {error}; restore or remove it") from None
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(_text(key), _value(value)) for key, value in _flatten(values)]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value with its dotted name."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _value(value: Any) -> str:
+    """Return a value from a file as one line of HTML."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(_value(item) for item in value)
+    return _text(value if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def _text(text: str) -> str:
+    return escape(printable_line(text))
+
+
+def _block(text: Any) -> str:
+    return escape(printable(text)) if isinstance(text, str) else ""
