@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks docs
 export PYTHONHASHSEED := 0
 
 .PHONY: train test lint format docs bench clean
@@ -34,6 +34,12 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing truestep and its development tools into $(VENV) (about a minute, the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable '.[dev]'
 	@touch $@ $(VENV)/train.stamp
+
+docs: $(VENV)/train.stamp
+	$(BIN)/python docs/make_reference.py
+
+bench: $(VENV)/train.stamp
+	$(BIN)/python benchmarks/throughput.py --workloads W1 W2 W3
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

@@ -1,5 +1,7 @@
 """What every test shares: shapes checked at run time, and small, repeatable machines."""
 
+import os
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -9,10 +11,9 @@ from jaxtyping import install_import_hook
 install_import_hook(["truestep.model.generate", "truestep.training.evaluate"], "beartype.beartype")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two test processes share two cores."""
-    torch.set_num_threads(1)
+# Two test processes share two cores, and each starts processes of its own.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 class Bigram(torch.nn.Module):

@@ -235,7 +235,7 @@ def test_a_model_without_trainable_parameters_is_refused(bigram):
 
 
 def test_a_missing_device_is_refused_with_the_remedy(bigram):
-    with pytest.raises(ValueError, match="device=cuud.*use cpu or auto"):
+    with pytest.raises(ValueError, match=r"device=cuud.*use cpu or auto"):
         Trainer(bigram(), device="cuud")
 
 

@@ -3,13 +3,15 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import truestep
-from truestep import IGNORE_INDEX, JsonlSink, Trainer, TrainingConfig, compute_loss
+from truestep import IGNORE_INDEX, JsonlSink, RunConfig, Trainer, TrainingConfig, compute_loss
+from truestep.cli import main
 
 EXACT = {"precision": "float32", "compile": "off"}
 
@@ -145,6 +147,37 @@ def test_8_hyperparameters_load_from_a_file_or_are_passed_as_parameters(bigram, 
         assert tuple(group["betas"]) == (0.8, 0.9)
 
 
+def test_9_every_parameter_is_documented_with_its_default_in_help_docstring_and_reference(
+    capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    main(["train", "--help"])
+    help_text = capsys.readouterr().out
+    reference = (Path(__file__).parent.parent / "docs" / "reference.md").read_text()
+    listed = 0
+    for section, field in RunConfig.model_fields.items():
+        page = reference.split(f"## [{section}]")[1].split("\n## ")[0]
+        for name, setting in field.annotation.model_fields.items():
+            meaning = " ".join(setting.description.split())
+            default = json.dumps(setting.default)
+            docstring = field.annotation.__doc__.split(f"    {name}: ")[1]
+            assert docstring.splitlines()[0].endswith(f" = {default}")
+            assert docstring.splitlines()[1].strip() == meaning
+            row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+            assert f"| `{default}` |" in row
+            assert meaning in row
+            option = f"--{section}.{name.replace('_', '-')} "
+            shown = next(line for line in help_text.splitlines() if option in line)
+            assert meaning.replace("`", "") in shown
+            assert (
+                f"[default: {setting.default if setting.default != '' else chr(34) * 2}]" in shown
+            )
+            listed += 1
+    assert listed > 40
+    for name in ("learning_rate", "weight_decay", "betas"):
+        assert name in TrainingConfig.model_fields
+
+
 def test_10_a_trainer_trains_a_few_steps_on_a_tiny_dataset(bigram, windows, capsys):
     model = bigram()
     seen = []
@@ -161,11 +194,8 @@ def test_10_a_trainer_trains_a_few_steps_on_a_tiny_dataset(bigram, windows, caps
 def test_11_on_simple_synthetic_data_the_loss_goes_down(bigram):
     start = torch.arange(16) % 11
     counting = (start[:, None] + torch.arange(9)) % 11  # each token is the one before plus one
-    losses = []
-    config = TrainingConfig(learning_rate=1e-2)
-    trainer = Trainer(bigram(), config, sinks=[])
-    for _ in range(100):
-        losses.append(trainer.training_step(counting).loss)
+    trainer = Trainer(bigram(), TrainingConfig(learning_rate=1e-2), sinks=[])
+    losses = [trainer.training_step(counting).loss for _ in range(100)]
     assert losses[0] == pytest.approx(math.log(11), abs=0.4)
     assert all(
         later < earlier for earlier, later in zip(losses[::20], losses[20::20], strict=False)

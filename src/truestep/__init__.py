@@ -7,9 +7,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from truestep.batch import Batch
+    from truestep.checkpoint.commit import CheckpointError
+    from truestep.checkpoint.state import load_checkpoint, save_checkpoint
     from truestep.config import GPTConfig, RunConfig, TrainingConfig
     from truestep.loss import IGNORE_INDEX, DeferredLogits, compute_loss
     from truestep.metrics import StepMetrics
+    from truestep.model.generate import generate
+    from truestep.model.gpt import GPT
     from truestep.observe.sinks import ConsoleSink, JsonlSink, Sink
     from truestep.settings import ConfigError
     from truestep.training.evaluate import Evaluation, evaluate
@@ -17,8 +21,10 @@ if TYPE_CHECKING:
     from truestep.training.trainer import NonFiniteError, Trainer, every
 
 __all__ = [
+    "GPT",
     "IGNORE_INDEX",
     "Batch",
+    "CheckpointError",
     "ConfigError",
     "ConsoleSink",
     "DeferredLogits",
@@ -35,6 +41,9 @@ __all__ = [
     "constant",
     "evaluate",
     "every",
+    "generate",
+    "load_checkpoint",
+    "save_checkpoint",
     "warmup_cosine",
     "warmup_stable_decay",
 ]
@@ -42,10 +51,12 @@ __all__ = [
 _MODULES = {
     "IGNORE_INDEX": "loss",
     "Batch": "batch",
+    "CheckpointError": "checkpoint.commit",
     "ConfigError": "settings",
     "ConsoleSink": "observe.sinks",
     "DeferredLogits": "loss",
     "Evaluation": "training.evaluate",
+    "GPT": "model.gpt",
     "GPTConfig": "config",
     "JsonlSink": "observe.sinks",
     "NonFiniteError": "training.trainer",
@@ -58,6 +69,9 @@ _MODULES = {
     "constant": "training.schedule",
     "evaluate": "training.evaluate",
     "every": "training.trainer",
+    "generate": "model.generate",
+    "load_checkpoint": "checkpoint.state",
+    "save_checkpoint": "checkpoint.state",
     "warmup_cosine": "training.schedule",
     "warmup_stable_decay": "training.schedule",
 }

@@ -17,6 +17,7 @@ from truestep.settings import (
     read_settings_file,
     trajectory,
     validate,
+    without_auto,
 )
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -168,10 +169,11 @@ class GPTConfig(Config):
 class DataConfig(Config):
     """What is read, and how much at a time."""
 
-    source: str = trajectory("stdlib")
+    # Free on resume: that the text is the same is checked by its fingerprint.
+    source: str = cosmetic("stdlib")
     """A text file, a directory of text, one that `truestep prepare` wrote, or a built-in corpus."""
 
-    validation: str = trajectory("auto")
+    validation: str = cosmetic("auto")
     """A text file or directory to validate on; auto: a tenth of the source, held out."""
 
     tokenizer: Literal["bytes"] = trajectory("bytes")
@@ -235,13 +237,16 @@ def resolve(
 ) -> RunConfig:
     """Return the settings of a run: explicit > environment > file > base > default.
 
-    `explicit` holds what the command line gave, `base` what a resumed run was made with. This is
-    the only reader of TRUESTEP_ variables.
+    `explicit` holds what the command line gave, `base` what a resumed run was made with: there
+    "auto" has been resolved, and saying it again changes nothing. This is the only reader of
+    TRUESTEP_ variables.
     Errors: ConfigError naming source, field, value, rule and remedy.
     """
-    sources: dict[str, Mapping[str, Any]] = {"the run's config.toml": base or {}}
+    given: dict[str, Mapping[str, Any]] = {}
     if file is not None:
-        sources[str(file)] = read_settings_file(file)
-    sources["environment"] = read_environment(RunConfig, environ)
-    sources["command line"] = explicit
-    return validate(RunConfig, sources)
+        given[str(file)] = read_settings_file(file)
+    given["environment"] = read_environment(RunConfig, environ)
+    given["command line"] = explicit
+    if base is None:
+        return validate(RunConfig, given)
+    return validate(RunConfig, {"the run's settings": base, **without_auto(given)})

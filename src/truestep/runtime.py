@@ -114,31 +114,37 @@ def seeded(device: torch.device, *key: object) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def deterministic_algorithms(
+def resolve_deterministic(
     setting: Literal["auto", "on", "off"], device: torch.device
-) -> Iterator[None]:
-    """Use deterministic algorithms inside, and put the process's own choice back afterwards.
+) -> Literal["on", "off"]:
+    """Return whether to use deterministic algorithms; auto does on a CPU, where they are free.
 
-    auto asks for them on a CPU, where they cost nothing measurable as long as fresh memory is not
-    filled; an operation that has none then warns, where "on" refuses it.
+    W2 and W3 of docs/performance.md ran as fast with them, as long as fresh memory is not filled.
     """
-    if setting == "off" or (setting == "auto" and device.type != "cpu"):
+    if setting == "auto":
+        return "on" if device.type == "cpu" else "off"
+    return setting
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Use deterministic algorithms inside, and put the process's own choice back afterwards."""
+    if not wanted:
         yield
         return
-    flags = torch.utils.deterministic
+    flags: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        flags.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        flags.fill_uninitialized_memory,
     )
-    torch.use_deterministic_algorithms(True, warn_only=setting == "auto")
-    flags.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    flags.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        flags.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+        flags.fill_uninitialized_memory = before[2]
 
 
 @contextlib.contextmanager
@@ -182,6 +188,13 @@ def can_compile() -> bool:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function into one graph of fixed shapes."""
     return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def processor_name() -> str:
+    """Return what the processor is called, and how many cores torch sees."""
+    capabilities = torch.cpu.get_capabilities()
+    name, cores = capabilities.get("cpu_name", "CPU"), capabilities.get("num_physical_cores", "?")
+    return f"{name}, {cores} cores"
 
 
 def configure_process(threads: int | Literal["auto"]) -> int:

@@ -55,7 +55,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, type(self), values)) from None
+            raise ConfigError(explain(error, type(self), values)) from None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class Setting:
 def settings(config: type[BaseModel]) -> Iterator[Setting]:
     """Yield every setting of a config class, sections flattened, in the order of the source."""
     for name, field in config.model_fields.items():
-        if section := _section(field):
+        if section := section_of(field):
             for inner in settings(section):
                 yield Setting(
                     f"{name}.{inner.name}",
@@ -167,7 +167,7 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
             continue
         if variable not in known:
             ending = [name for name in known if name.endswith(variable.split("_", 1)[1])]
-            hint = _nearest(variable, ending[:1] or known)
+            hint = nearest(variable, ending[:1] or known)
             text = f"environment variable {variable} names no setting{hint}"
             raise ConfigError([Problem((), text)])
         table = values
@@ -176,6 +176,15 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
             table = table.setdefault(section, {})
         table[key] = _parse(environ[variable])
     return values
+
+
+def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings without those that are "auto"."""
+    return {
+        key: without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value != "auto"
+    }
 
 
 def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
@@ -205,9 +214,10 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
+def section_of(field: FieldInfo) -> type[Config] | None:
+    """Return the config class of a field that is a section of its own."""
     annotation = field.annotation
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
     return None
 
@@ -218,7 +228,7 @@ def _leaves(
     """Yield (path, value) of every setting, descending into sections only."""
     for key, value in values.items():
         field = config.model_fields.get(key)
-        if field is None or (section := _section(field)) is None:
+        if field is None or (section := section_of(field)) is None:
             yield (*prefix, key), value
         elif isinstance(value, Mapping):
             yield from _leaves(source, value, section, (*prefix, key))
@@ -227,7 +237,7 @@ def _leaves(
             raise ConfigError([Problem((*prefix, key), text)])
 
 
-def _explain(
+def explain(
     error: ValidationError, config: type[BaseModel], values: Mapping[str, Any]
 ) -> list[Problem]:
     """Turn pydantic's report into one sentence for each field."""
@@ -238,11 +248,11 @@ def _explain(
         name = str(detail["loc"][0]) if detail["loc"] else ""
         if isinstance(cause, ConfigError):  # a section has already explained itself
             problems += [
-                Problem((name, *path), f"{name}.{text}" if path else text)
+                Problem((name, *path), f"{name}.{text}" if name and path else text)
                 for path, text in cause.problems
             ]
         elif detail["type"] == "extra_forbidden":
-            hint = _nearest(name, config.model_fields)
+            hint = nearest(name, config.model_fields)
             problems.append(Problem((name,), f"{name} is not a setting{hint}"))
         elif cause is not None:  # a rule of ours between several fields, a whole sentence
             problems.append(Problem((), str(cause)))
@@ -265,7 +275,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the hint that ends an error about an unknown name."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else "; see `truestep train --help`"
 

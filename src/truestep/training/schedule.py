@@ -43,8 +43,7 @@ def warmup_stable_decay(
 
     auto decays over the last fifth. Source: Hu et al. 2024 (MiniCPM), section 4.
     """
-    fifth = max(min(num_steps // 5, num_steps - warmup_steps), 1)
-    length = fifth if decay_steps == "auto" else decay_steps
+    length = resolve_decay_steps(decay_steps, warmup_steps, num_steps)
     start = num_steps - 1 - length
 
     def factor(step: int) -> float:
@@ -53,6 +52,15 @@ def warmup_stable_decay(
         return _between(1.0, final_factor, min((step - start) / length, 1.0))
 
     return factor
+
+
+def resolve_decay_steps(
+    decay_steps: int | Literal["auto"], warmup_steps: int, num_steps: int
+) -> int:
+    """Return the length of the decay; auto is the last fifth of the run."""
+    if decay_steps == "auto":
+        return max(min(num_steps // 5, num_steps - warmup_steps), 1)
+    return decay_steps
 
 
 def _warmup(step: int, warmup_steps: int) -> float:

@@ -19,7 +19,7 @@ from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
 from truestep.training.optim import clip_gradients, skips_on_device
 from truestep.training.probe import ModelFacts, logits_of, probe
-from truestep.training.schedule import Schedule
+from truestep.training.schedule import Schedule, resolve_decay_steps
 
 
 class NonFiniteError(RuntimeError):
@@ -77,11 +77,11 @@ class Trainer:
         self.device = runtime.resolve_device(str(device))
         self.model = model.to(self.device)
         self.precision = runtime.resolve_precision(config.precision, model, self.device)
-        self.config = config.model_copy(update={"precision": self.precision})
+        self.config = self._without_auto(config)
         self.optimizer = optimizer or build_optimizer(model, config)
         self.schedule = schedule or build_schedule(config)
         self.companions = list(companions)
-        self.sinks = [ConsoleSink()] if sinks is None else list(sinks)
+        self.sinks: list[Sink] = [ConsoleSink()] if sinks is None else list(sinks)
         self.runs_ahead = self.device.type != "cpu"  # `fit` reads a step while the next one runs
         self.step = 0
         self.stop_reason: str | None = None
@@ -92,6 +92,17 @@ class Trainer:
         self._clock = 0.0  # when the time that the next record reports began
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+
+    def _without_auto(self, config: TrainingConfig) -> TrainingConfig:
+        """Return the settings in plain values, as far as they can be known before a batch."""
+        resolved = {
+            "precision": self.precision,
+            "deterministic": runtime.resolve_deterministic(config.deterministic, self.device),
+            "decay_steps": resolve_decay_steps(
+                config.decay_steps, config.warmup_steps, config.num_steps
+            ),
+        }
+        return config.model_copy(update=resolved)
 
     def training_step(self, batch: Any) -> StepMetrics:
         """Update the parameters once from `batch`, log the loss, and return the step's metrics.
@@ -109,7 +120,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         with self._step_state():
-            for micro_batch in batch.to(self.device).split(self._micro_batch_size(batch)):
+            for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
                 # Seeded by global position: dropout is a function of the step, with no state.
                 with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
                     loss = loss + self._forward_backward(micro_batch, num_tokens)
@@ -201,11 +212,12 @@ class Trainer:
         """Train mode and deterministic algorithms, for this step only."""
         with (
             runtime.module_modes(self.model, training=True),
-            runtime.deterministic_algorithms(self.config.deterministic, self.device),
+            runtime.deterministic_algorithms(self.config.deterministic == "on"),
         ):
             yield
 
-    def _micro_batch_size(self, batch: Batch) -> int:
+    def micro_batch_size(self, batch: Batch) -> int:
+        """Return how many rows of a batch one backward pass takes."""
         size = self.config.micro_batch_size
         return len(batch.tokens) if size == "auto" else size
 

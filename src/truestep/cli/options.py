@@ -1,0 +1,55 @@
+"""The settings as command-line options, and errors about them."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import CycloptsError, Group, Parameter
+from pydantic import ValidationError, create_model
+
+from truestep.config import RunConfig
+from truestep.settings import Config, ConfigError, explain, section_of
+
+_TITLES = {
+    "training": "How the model is trained",
+    "model": "The model",
+    "data": "The data",
+    "run": "The run",
+}
+
+
+def _options_of(config: type[Config]) -> type[Config]:
+    """Return a model of the same fields without rules between several of them.
+
+    A file or the environment may still supply the other half; `resolve` checks the whole.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in config.model_fields.items():
+        section = section_of(field)
+        if section is None:
+            fields[name] = (field.annotation, field)
+        else:
+            group = Group(_TITLES[name], sort_key=list(_TITLES).index(name))
+            options = _options_of(section)
+            fields[name] = (Annotated[options, Parameter(group=group)], options())
+    return create_model(config.__name__, __base__=Config, **fields)
+
+
+if TYPE_CHECKING:
+    RunOptions = RunConfig  # the same fields; a type checker cannot follow how they are made
+else:
+    RunOptions = _options_of(RunConfig)
+
+
+def given(options: Config) -> dict[str, Any]:
+    """Return what was given on the command line, nested by section."""
+    return options.model_dump(exclude_unset=True)
+
+
+def explain_usage(error: CycloptsError) -> str:
+    """Return one line for each thing wrong with the command line."""
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        problems = explain(cause, RunConfig, {})
+        return "\n".join(f"command line: {problem.text}" for problem in problems)
+    if isinstance(cause, ConfigError):
+        return "\n".join(f"command line: {problem.text}" for problem in cause.problems)
+    return " ".join(str(error).split())

@@ -1,0 +1,35 @@
+"""`truestep prepare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def prepare(
+    source: str,
+    /,
+    *,
+    out: Annotated[Path, Parameter(alias="-o")],
+    validation: str = "auto",
+) -> None:
+    """Turn text into a directory of token shards.
+
+    Parameters
+    ----------
+    source
+        A text file, a directory of text, or a built-in corpus: stdlib, torch-src, docstrings.
+    out
+        The directory to write; it must not exist.
+    validation
+        A text file or directory to validate on; auto holds out a tenth of the source.
+
+    """
+    from truestep.data.prepare import prepare as prepare_data
+    from truestep.data.tokenizer import load_tokenizer
+
+    data = prepare_data(
+        source, out, tokenizer=load_tokenizer("bytes"), validation=validation, say=print
+    )
+    print(f"{len(data.train):,} tokens to train on, {len(data.validation):,} to validate on")
+    print(f"written to {out}; train with: truestep train --data {out}")

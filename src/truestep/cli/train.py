@@ -1,0 +1,92 @@
+"""`truestep train`."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from truestep.cli.options import RunOptions, given
+from truestep.config import RunConfig, resolve
+from truestep.settings import ConfigError, Problem, nearest, settings
+
+_NO_OPTIONS = RunOptions()
+
+
+def train(
+    config: Path | None = None,
+    /,
+    *,
+    data: Annotated[str | None, Parameter(alias="-d")] = None,
+    resume: str | None = None,
+    override: Annotated[tuple[str, ...], Parameter(negative_iterable=())] = (),
+    options: Annotated[RunOptions, Parameter(name="*", negative_iterable=())] = _NO_OPTIONS,
+) -> int:
+    """Train a model on text, or go on with a run.
+
+    Every setting below may stand in the config file, in the environment (as
+    TRUESTEP_TRAINING__LEARNING_RATE) or on the command line; the later wins.
+
+    Parameters
+    ----------
+    config
+        A TOML or JSON file of settings.
+    data
+        What to train on: a text file, a directory, or a built-in corpus. Short for --data.source.
+    resume
+        Go on with a run: its directory, or auto for the newest one (a new run, if there is none).
+    override
+        A setting that may change what is trained when a run goes on, such as training.seed.
+    options
+        The settings.
+
+    """
+    explicit = given(options)
+    if data is not None:
+        explicit.setdefault("data", {})["source"] = data
+    known = [setting.name for setting in settings(RunConfig)]
+    for name in override:
+        if name not in known:
+            text = f"--override {name} names no setting{nearest(name, known)}"
+            raise ConfigError([Problem((), text)])
+    chosen = resolve(explicit, os.environ, config)
+
+    from truestep.workflows.run import RunError, find_run, read_run_config
+    from truestep.workflows.train import resume as resume_run
+    from truestep.workflows.train import train as train_run
+
+    directory = None
+    if resume is not None:
+        try:
+            directory = find_run(resume, chosen.run)
+        except RunError as error:
+            if resume != "auto":
+                raise
+            print(f"{error}; starting a new one")
+    if directory is None:
+        outcome = train_run(chosen, print)
+    else:
+        base = read_run_config(directory).model_dump(mode="json")
+        chosen = resolve(explicit, os.environ, config, base)
+        outcome = resume_run(chosen, directory, print, frozenset(override))
+    return _conclude(outcome.directory, outcome.step, outcome.stopped_by)
+
+
+def _conclude(directory: Path, step: int, stopped_by: str | None) -> int:
+    """Say where everything lies and what to try next; return the exit code."""
+    command = "truestep" if shutil.which("truestep") else os.path.relpath(sys.argv[0])
+    if stopped_by is not None:
+        print(f"stopped by {stopped_by} at step {step}; nothing is lost. Go on with:")
+        print(f"  {command} train --resume {directory}")
+        return 128 + signal.Signals[stopped_by].value
+    print(f"checkpoint  {directory}/checkpoints/step-{step}")
+    print(f"plot        {directory}/plots/loss.png")
+    print(f"report      {directory}/report.html")
+    print("Try next:")
+    print(f"  {command} sample {directory} --prompt 'def '")
+    print(f"  {command} evaluate {directory}")
+    print(f"  {command} train --data your.txt")
+    return 0

@@ -1,0 +1,59 @@
+"""Measure a trained model on the text it was validated on, or on another."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from truestep.data.corpus import find_documents
+from truestep.data.loader import Tokens, evaluation_batches
+from truestep.data.tokenizer import Tokenizer
+from truestep.training.evaluate import Evaluation, evaluate
+from truestep.workflows.run import Say, load_trained, open_data
+
+
+class _Text:
+    """Tokens in memory: every document of a source, each with its end."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, say: Say) -> None:
+        end = np.array([tokenizer.end_of_document])
+        documents = find_documents(source, say)
+        pieces = [[tokenizer.encode(document.read()), end] for document in documents]
+        self._tokens = np.concatenate([ids for pair in pieces for ids in pair])
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> Int64[np.ndarray, "N"]:
+        return self._tokens[start:stop]
+
+
+def evaluate_run(directory: Path, source: str | None, device: str, say: Say) -> Evaluation:
+    """Return and say the loss of a run's newest model on `source`, or on its own validation text.
+
+    Errors: RunError for a run without a good checkpoint; CorpusError for a source without text.
+    """
+    trained = load_trained(directory, say, device)
+    tokenizer = trained.tokenizer
+    data: Tokens
+    if source is None:
+        data, name = open_data(trained.config, say).validation, "its validation text"
+    else:
+        data, name = _Text(source, tokenizer, say), source
+    result = evaluate(
+        trained.model,
+        evaluation_batches(
+            data,
+            context_length=trained.config.model.context_length,
+            batch_size=trained.config.data.batch_size,
+        ),
+        token_bytes=torch.from_numpy(tokenizer.token_bytes),
+    )
+    perplexity = math.exp(min(result.loss, 700.0))
+    say(f"{directory} at step {trained.step} on {name} ({result.num_tokens:,} tokens):")
+    say(f"  loss {result.loss:.4f} nats a token, perplexity {perplexity:.3f}")
+    if result.bits_per_byte is not None:
+        say(f"  {result.bits_per_byte:.4f} bits per byte")
+    return result

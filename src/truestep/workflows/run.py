@@ -1,0 +1,188 @@
+"""A run's directory: its name, its settings, its checkpoints, and the model in it."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
+from truestep.checkpoint.state import load_model
+from truestep.config import RunConfig, RunSettings
+from truestep.data.prepare import prepare_once
+from truestep.data.tokenizer import Tokenizer, load_tokenizer
+from truestep.data.tokens import PreparedData, open_prepared
+from truestep.model.generate import generate
+from truestep.model.gpt import GPT
+from truestep.runtime import resolve_device
+from truestep.settings import read_settings_file, validate
+from truestep.storage import LOCAL, replace_file
+
+CONFIG, MANIFEST, METRICS, SAMPLES = (
+    "config.toml",
+    "manifest.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+)
+CHECKPOINTS = "checkpoints"
+Say = Callable[[str], object]
+
+
+class RunError(ValueError):
+    """A run that cannot be made, found or continued: one line with the remedy."""
+
+
+def new_run_directory(settings: RunSettings, source: str) -> Path:
+    """Return the directory of a new run, which does not exist yet.
+
+    Errors: RunError for a name that leaves its folder or is taken, or a folder not writable.
+    """
+    root = Path(settings.directory)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"run.directory={root} cannot be written: {error.strerror}; "
+            "choose another with --run.directory"
+        ) from None
+    if settings.name != "auto":
+        _check_name(settings.name)
+        if (root / settings.name).exists():
+            raise RunError(
+                f"run.name={settings.name}: {root / settings.name} exists already; "
+                f"go on with it by --resume {root / settings.name}, or choose another name"
+            )
+        return root / settings.name
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(source).stem).strip("-")
+    number = 1
+    while (root / f"{stem or 'run'}-{number}").exists():
+        number += 1
+    return root / f"{stem or 'run'}-{number}"
+
+
+def _check_name(name: str) -> None:
+    plain = name.isprintable() and Path(name).name == name and not name.startswith(".")
+    if not plain or len(name) > 100 or "\\" in name:
+        raise RunError(
+            f"run.name={name!r} is not a plain name; use letters, digits, - and _ "
+            "(--run.directory says where runs lie)"
+        )
+
+
+def find_run(path: str, settings: RunSettings) -> Path:
+    """Return the directory of an existing run; auto is the named one, or else the newest.
+
+    Errors: RunError naming where none was found.
+    """
+    root = Path(settings.directory)
+    if path != "auto":
+        directory = Path(path)
+        if not (directory / CONFIG).is_file():
+            raise RunError(
+                f"{directory} is not a run: it has no {CONFIG}; give a directory below {root}/"
+            )
+        return directory
+    if settings.name != "auto":
+        _check_name(settings.name)
+        candidates = [root / settings.name]
+    else:
+        candidates = [p for p in root.glob("*") if not p.name.startswith(".")]
+    runs = [path for path in candidates if (path / CONFIG).is_file()]
+    if not runs:
+        raise RunError(f"there is no run in {root}/; make one with: truestep train")
+    return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)
+
+
+def write_run_files(directory: Path, config: RunConfig, facts: dict[str, Any]) -> None:
+    """Write a run's resolved settings and the facts about it, each whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = json.dumps(facts, indent=1, ensure_ascii=True)
+    replace_file(LOCAL, directory / MANIFEST, manifest.encode())
+    settings = tomli_w.dumps(config.model_dump(mode="json"))
+    replace_file(LOCAL, directory / CONFIG, settings.encode())
+
+
+def read_run_config(directory: Path) -> RunConfig:
+    """Return the resolved settings that a run was made with."""
+    path = directory / CONFIG
+    return validate(RunConfig, {str(path): read_settings_file(path)})
+
+
+def open_data(config: RunConfig, say: Say) -> PreparedData:
+    """Return the run's data, prepared once below its directory of runs.
+
+    Errors: CorpusError or StorageError for a source that does not serve.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    directory = prepare_once(
+        config.data.source,
+        Path(config.run.directory) / ".data",
+        tokenizer=tokenizer,
+        validation=config.data.validation,
+        say=say,
+    )
+    return open_prepared(directory, tokenizer)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with the weights of a run's newest good checkpoint."""
+
+    directory: Path
+    config: RunConfig
+    model: GPT
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_trained(directory: Path, say: Say, device: str = "auto") -> TrainedModel:
+    """Return the model of a run's newest checkpoint that verifies; nothing on disk changes.
+
+    Errors: RunError for a run without a good checkpoint.
+    """
+    config = read_run_config(directory)
+    model = GPT(config.model).to(resolve_device(device))
+    for step, path in reversed(list_checkpoints(directory / CHECKPOINTS)):
+        try:
+            load_model(path, model)
+        except DamagedCheckpointError as error:
+            say(f"{error}; trying the checkpoint before it")
+            continue
+        return TrainedModel(directory, config, model, load_tokenizer(config.data.tokenizer), step)
+    raise RunError(
+        f"{directory} has no good checkpoint yet; go on with: truestep train --resume {directory}"
+    )
+
+
+def write_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """Return what the model writes after `prompt`, or as a document of its own.
+
+    In float32: under bfloat16 each token would cast all weights anew, which takes twice as long.
+    """
+    device = next(model.parameters()).device
+    ids = tokenizer.encode(prompt) if prompt else [tokenizer.end_of_document]
+    written = generate(
+        model,
+        torch.as_tensor(ids, dtype=torch.long, device=device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_token=tokenizer.end_of_document,
+    )
+    return tokenizer.decode(list(written))

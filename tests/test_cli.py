@@ -1,0 +1,253 @@
+"""The command, as a stranger types it: from text to a trained model, and every wrong turn."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from truestep.cli import main
+
+TINY = """
+[training]
+num_steps = 12
+learning_rate = 1e-2
+micro_batch_size = 3
+schedule = "cosine"
+
+[model]
+context_length = 16
+num_layers = 1
+num_heads = 2
+width = 16
+dropout = 0.1
+
+[data]
+batch_size = 4
+
+[run]
+evaluate_every = 6
+save_every = 4
+log_every = 1
+sample_tokens = 20
+evaluation_windows = 4
+"""
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty directory with a text and a config, and nothing in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith("TRUESTEP_"):
+            monkeypatch.delenv(name)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path
+
+
+def train(*arguments):
+    data = [] if "--data" in arguments else ["--data", "text.txt"]
+    return main(["train", "tiny.toml", *data, *arguments])
+
+
+def interrupted(after_step, number, *arguments):
+    """Train in a process of its own and send it a signal after a step; return code and output."""
+    command = [sys.executable, "-m", "truestep", "train", "tiny.toml", "--data", "text.txt"]
+    lines = []
+    with subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(f"step {after_step} "):
+                process.send_signal(number)
+    return process.returncode, "".join(lines)
+
+
+def log_of(run):
+    """A run's records without what depends on the clock."""
+    records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    clock = {"step_seconds", "tokens_per_second"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+def weights_of(run, step):
+    directory = Path(run, "checkpoints", f"step-{step}")
+    return [(directory / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+def test_text_to_trained_model_to_sample_evaluation_and_report(capsys):
+    assert train() == 0
+    out = capsys.readouterr().out
+    assert "validation loss" in out
+    assert "bits per byte" in out
+    assert "sample at step 12" in out
+    assert "Try next:" in out
+    run = Path("runs/text-1")
+    for name in ("config.toml", "manifest.json", "metrics.jsonl", "samples.jsonl", "report.html"):
+        assert (run / name).is_file(), name
+    assert (run / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == ["step-12", "step-8"]
+    steps = [record["step"] for record in log_of(run) if "loss" in record]
+    assert steps == list(range(1, 13))
+    assert main(["sample", "--prompt", "the ", "--tokens", "30"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+    assert main(["evaluate"]) == 0
+    last = [record for record in log_of(run) if "validation_loss" in record][-1]
+    measured = float(re.search(r"loss (\d+\.\d+)", capsys.readouterr().out)[1])
+    assert measured == pytest.approx(last["validation_loss"], rel=5e-3)  # float32 here, bf16 there
+    assert main(["evaluate", str(run), "--data", "text.txt"]) == 0
+    assert main(["report", str(run)]) == 0
+
+
+def test_the_resolved_config_repeats_the_run_bit_for_bit():
+    assert train() == 0
+    assert main(["train", "runs/text-1/config.toml", "--run.name", "again"]) == 0
+    assert weights_of("runs/again", 12) == weights_of("runs/text-1", 12)
+    kept = Path("runs/text-1/config.toml").read_text()
+    assert kept.count('"auto"') == kept.count('validation = "auto"') == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_how_to_go_on_and_resume_is_bit_identical(number):
+    assert train("--training.num-steps", "40", "--run.name", "whole") == 0
+    code, text = interrupted(3, number, "--training.num-steps", "40", "--run.name", "cut")
+    assert code == 128 + number, text
+    assert "train --resume runs/cut" in text
+    stopped_at = int(re.search(r"at step (\d+)", text)[1])
+    assert 3 <= stopped_at < 40
+    assert main(["train", "--resume", "runs/cut"]) == 0
+    assert log_of("runs/cut") == log_of("runs/whole")
+    assert weights_of("runs/cut", 40) == weights_of("runs/whole", 40)
+
+
+def test_a_kill_loses_at_most_the_steps_since_the_last_checkpoint():
+    assert train("--run.name", "whole") == 0
+    code, text = interrupted(6, signal.SIGKILL, "--run.name", "cut")
+    assert code == -signal.SIGKILL, text
+    assert main(["train", "--resume", "auto", "--run.name", "cut"]) == 0
+    assert log_of("runs/cut") == log_of("runs/whole")
+    assert weights_of("runs/cut", 12) == weights_of("runs/whole", 12)
+
+
+def test_resume_refuses_what_changes_the_bits_unless_overridden_and_takes_the_rest(capsys):
+    assert train() == 0
+    run = "runs/text-1"
+    assert main(["train", "--resume", run, "--training.seed", "9"]) == 2
+    assert "training.seed was 0 in this run and is now 9" in capsys.readouterr().err
+    assert main(["train", "--resume", run, "--training.num-steps", "14"]) == 2
+    assert "--override training.num_steps" in capsys.readouterr().err
+    override = ["--training.num-steps", "14", "--override", "training.num_steps"]
+    assert main(["train", "--resume", run, "--run.log-every", "2", *override]) == 0
+    assert [r["step"] for r in log_of(run) if "loss" in r] == list(range(1, 15))
+    assert main(["train", "--resume", run, "--override", "training.sed"]) == 2
+    assert "did you mean training.seed" in capsys.readouterr().err
+
+
+def test_resume_refuses_edited_text(capsys):
+    assert train() == 0
+    Path("text.txt").write_text("another text altogether\n" * 300)
+    assert main(["train", "--resume", "runs/text-1"]) == 2
+    assert "is not the text this run began with" in capsys.readouterr().err
+
+
+def test_resume_auto_without_a_run_starts_one(capsys):
+    assert train("--resume", "auto") == 0
+    assert "starting a new one" in capsys.readouterr().out
+    assert Path("runs/text-1/checkpoints/step-12").is_dir()
+
+
+def test_a_prepared_directory_trains_like_the_text_itself():
+    assert main(["prepare", "text.txt", "--out", "prepared"]) == 0
+    assert train() == 0
+    assert main(["train", "tiny.toml", "--data", "prepared"]) == 0
+    assert weights_of("runs/prepared-1", 12) == weights_of("runs/text-1", 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--data", "missing.txt"], 2, ["missing.txt", "neither a file"]),
+        (["--data", "txt.txt"], 2, ["did you mean", "text.txt"]),
+        (["--data", "empty.txt"], 2, ["empty.txt", "empty"]),
+        (["--data", "short.txt"], 2, ["context_length=16", "shorter context or more text"]),
+        (["--data", "binary.txt"], 2, ["binary.txt", "UTF-8"]),
+        (["--data", "folder"], 2, ["folder", "no text"]),
+        (["--data.batch-size", "0"], 2, ["data.batch_size=0", "greater than 0"]),
+        (["--model.context-length=-3"], 2, ["model.context_length=-3"]),
+        (["--training.betas", "0.9", "1.5"], 2, ["training.betas", "less than 1"]),
+        (["--training.warmup-steps", "99"], 2, ["warmup_steps=99", "num_steps=12"]),
+        (["--training.lerning-rate", "1"], 2, ["--training.learning-rate"]),
+        (["--model.vocab-size", "100"], 2, ["model.vocab_size=100", "auto"]),
+        (["--run.name", "../escape"], 2, ["run.name", "plain name"]),
+        (["--run.name", ".."], 2, ["run.name", "plain name"]),
+        (["--run.name", "a/b"], 2, ["run.name", "plain name"]),
+        (["--run.name", "a\x1b[31m"], 2, ["run.name", "plain name"]),
+        (["--run.directory", "text.txt"], 2, ["run.directory=text.txt", "--run.directory"]),
+        (["--run.device", "cuda:99"], 2, ["device=cuda:99", "cpu or auto"]),
+        (["--resume", "nowhere"], 2, ["nowhere", "not a run"]),
+        (["--data.validation", "missing.txt"], 2, ["missing.txt"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_half_written_run(arguments, code, words, capsys):
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("too short")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x01" * 50)
+    Path("folder").mkdir()
+    assert train(*arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1, error
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+    left = [p for p in Path().glob("runs/*") if not p.name.startswith(".")]
+    assert not left
+    assert not Path("../escape").exists()
+
+
+def test_an_unwritable_run_directory_is_said_before_anything_is_done(capsys, workplace):
+    if os.geteuid() == 0:
+        Path("runs").write_text("a file in the way")  # root may write anywhere else
+    else:
+        Path("runs").mkdir(mode=0o500)
+    assert train() == 2
+    assert "run.directory=runs cannot be written" in capsys.readouterr().err
+
+
+def test_a_taken_name_is_refused_with_the_way_to_go_on(capsys):
+    assert train("--run.name", "mine") == 0
+    assert train("--run.name", "mine") == 2
+    assert "--resume runs/mine" in capsys.readouterr().err
+
+
+def test_help_version_and_wrong_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "Train a model on text" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert re.match(r"\d+\.\d+\.\d+", capsys.readouterr().out)
+    assert main(["trian"]) == 2
+    assert 'Did you mean "train"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["prepare"], ["evaluate"]])
+def test_help_never_imports_torch(command):
+    code = f"import sys; from truestep.cli import main; main({[*command, '--help']!r}); "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+def test_python_m_truestep_is_the_command():
+    command = [sys.executable, "-m", "truestep", "--version"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_environment_and_file_reach_the_run(monkeypatch):
+    monkeypatch.setenv("TRUESTEP_TRAINING__NUM_STEPS", "3")
+    assert train() == 0
+    assert [r["step"] for r in log_of("runs/text-1") if "loss" in r] == [1, 2, 3]

@@ -1,0 +1,71 @@
+"""The documents say what the code does: quoted code is the code, and examples run."""
+
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from truestep import Trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def code_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_step_in_the_readme_is_the_step_in_the_source():
+    source = textwrap.dedent(inspect.getsource(Trainer._step))
+    assert source in code_blocks("README.md")
+
+
+def test_the_python_example_in_the_readme_runs():
+    example = next(block for block in code_blocks("README.md") if "from truestep" in block)
+    assert len(example.strip().splitlines()) <= 10
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("20 ")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_each_example_is_short_and_learns(path):
+    assert len(path.read_text().splitlines()) <= 60
+    result = load(path).main()
+    if isinstance(result, float):
+        assert result < 2.0
+    else:
+        assert "stopped" in result[-1]
+
+
+def test_the_reference_page_and_the_schema_are_made_from_the_code():
+    maker = load(ROOT / "docs" / "make_reference.py")
+    assert (ROOT / "docs" / "reference.md").read_text() == maker.make_reference()
+    assert (ROOT / "docs" / "config.schema.json").read_text() == maker.make_schema()
+
+
+def test_every_link_in_the_documents_leads_to_a_file():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_each_config_is_valid(path):
+    from truestep.config import resolve
+
+    assert resolve({}, {}, path)
