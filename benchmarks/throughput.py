@@ -112,7 +112,7 @@ def nanogpt_step(workload: Workload, path: Path) -> Step:
 
     def step() -> float:
         batch = workload.batch(next(steps)).to(device)
-        _, loss = model(batch.tokens, batch.targets)
+        _, loss = model(batch.tokens.contiguous(), batch.targets.contiguous())  # it views them
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

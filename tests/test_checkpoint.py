@@ -197,7 +197,9 @@ def test_state_that_never_was_is_not_invented(tmp_path):
     path = save_checkpoint(run, tmp_path)
     other = new_run(1, momentum)
     other.optimizer.state[other.model.unused]["momentum_buffer"] = torch.ones(2, 2)
+    other.optimizer.state[other.model.scale]["stale"] = 1
     load_checkpoint(path, other)
+    assert other.optimizer.state[other.model.scale].keys() == {"momentum_buffer"}
     assert other.model.unused not in other.optimizer.state
     assert other.model.frozen not in other.optimizer.state
 
@@ -280,6 +282,7 @@ def every_kind_of_tensor():
             bytes_ %= 2
         tensors[name] = bytes_.to(torch.uint8).view(dtype).view(2, 3)
         tensors[f"{name}.strided"] = tensors[name].t()
+        tensors[f"{name}.skipping"] = tensors[name].flatten()[::2]
         tensors[f"{name}.scalar"] = tensors[name][0, 0]
         tensors[f"{name}.empty"] = torch.empty(0, 2, dtype=dtype)
     tensors['quote " slash \\ é 中'] = torch.ones(1)
@@ -302,6 +305,15 @@ def test_what_the_safetensors_library_writes_reads_the_same_here(tmp_path):
     record = write_file_with(tmp_path / "file", safetensors.torch.save(tensors))
     read = read_safetensors(tmp_path / "file", record)
     assert {name: raw(t) for name, t in read.items()} == {n: raw(t) for n, t in tensors.items()}
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_item_size():
+    tensors = every_kind_of_tensor()
+    size, header, *_ = safetensors_chunks(tensors)
+    assert int.from_bytes(size, "little") == len(header)
+    assert len(header) % 8 == 0
+    for name, entry in json.loads(header).items():
+        assert entry["data_offsets"][0] % tensors[name].element_size() == 0
 
 
 def write_file_with(path, data):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from truestep.batch import Batch
 from truestep.data.loader import Prefetch, WindowLoader, evaluation_batches
-from truestep.data.tokens import TokenSplit, write_split
+from truestep.data.shards import write_split
+from truestep.data.tokens import TokenSplit
 from truestep.loss import IGNORE_INDEX
 from truestep.storage import DirectoryWriter, read_manifest
 

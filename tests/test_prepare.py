@@ -154,7 +154,10 @@ def test_the_fingerprint_knows_texts_names_and_split_and_nothing_else(tree, tmp_
         for name, changed in [("edited", edited), ("renamed", renamed), ("swapped", swapped)]
     ]
     others.append(fingerprint(source, validation=f"{source}/a.txt"))
-    assert len({base, *others}) == 5
+    others.append(fingerprint(source, validation=f"{source}/c.txt"))
+    held = tree({"b.txt": texts["b.txt"], "c.txt": texts["c.txt"]}, root="held")
+    others.append(fingerprint(source, validation=held))
+    assert len({base, *others}) == 7
 
 
 def test_preparing_once_writes_once(tree, tmp_path):
@@ -162,9 +165,9 @@ def test_preparing_once_writes_once(tree, tmp_path):
     cache = tmp_path / "cache"
     path = prepare_once(source, cache, tokenizer=BYTES)
     assert path.name == f"my-text-{open_prepared(path).fingerprint[:12]}"
-    assert (
-        prepare_once(source, cache, tokenizer=BYTES, storage=FaultyStorage(0, "disk full")) == path
-    )
+    storage = FaultyStorage()
+    assert prepare_once(source, cache, tokenizer=BYTES, storage=storage) == path
+    assert storage.operations == []
     assert [entry.name for entry in cache.iterdir()] == [path.name]
     Path(source).write_text("word\n" * 101)
     assert prepare_once(source, cache, tokenizer=BYTES) != path
@@ -182,6 +185,15 @@ def test_a_prepared_directory_is_taken_as_it_is(tree, tmp_path):
         run(source, tmp_path / "again")
     with pytest.raises(StorageError, match="exists already"):
         run(source, prepared.directory)
+
+
+def test_a_project_with_a_manifest_of_its_own_is_a_text_like_others(tree, tmp_path):
+    source = tree(many(3) | {"manifest.json": "{}"})
+    path = prepare_once(source, tmp_path / "cache", tokenizer=BYTES)
+    assert path.parent == tmp_path / "cache"
+    for odd in ("n" * 5000, "a\0b", ""):
+        with pytest.raises(CorpusError, match="is neither"):
+            prepare_once(odd, tmp_path / "cache", tokenizer=BYTES)
 
 
 def test_a_damaged_prepared_directory_is_named_with_the_remedy(tree, tmp_path):

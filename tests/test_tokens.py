@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truestep.data.shards import write_split
 from truestep.data.tokenizer import ByteTokenizer, load_tokenizer
 from truestep.data.tokens import (
     SplitRecord,
     TokenSplit,
     dtype_of,
     open_prepared,
-    write_split,
 )
 from truestep.storage import DirectoryWriter, FileRecord, StorageError, read_manifest
 

@@ -16,16 +16,16 @@ import numpy as np
 from jaxtyping import Int64
 
 from truestep.data.corpus import CorpusError, Document, Say, find_documents
+from truestep.data.shards import SHARD_TOKENS, write_split
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import (
     FORMAT,
     FORMAT_VERSION,
-    SHARD_TOKENS,
     PreparedData,
     SplitRecord,
     dtype_of,
+    is_prepared,
     open_prepared,
-    write_split,
 )
 from truestep.storage import LOCAL, MANIFEST, DirectoryWriter, Storage, StorageError
 
@@ -101,14 +101,15 @@ def prepare_once(
     directory is returned as it is; it has its own validation. Processes that prepare the same text
     at one time all end with the same directory. Errors as for `prepare`.
     """
-    if (Path(source) / MANIFEST).is_file():
+    if is_prepared(source):
         if validation != "auto":
             raise CorpusError(
                 f"validation={validation!r} cannot be used with {source!r}, which was prepared "
                 "with its own; leave it at auto or prepare the text again"
             )
         return Path(source)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).resolve().stem).strip(".-") or "text"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(os.path.abspath(source)).stem[:64])
+    stem = stem.strip(".-") or "text"
     if not any(cache.glob(f"{stem}-*")):
         _check_writable(cache / stem, storage)
     survey = _survey(source, validation, tokenizer, say)
@@ -149,7 +150,7 @@ def _check_writable(target: Path, storage: Storage) -> None:
 
 
 def _survey(source: str, validation: str, tokenizer: Tokenizer, say: Say) -> _Survey:
-    if (Path(source) / MANIFEST).is_file():
+    if is_prepared(source):
         raise CorpusError(f"source={source!r} is already prepared; give the text it came from")
     documents = _hash_all("source", source, say)
     if validation == "auto":

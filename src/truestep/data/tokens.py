@@ -1,4 +1,4 @@
-"""Token shards: the prepared form of a corpus, written once and read at any place.
+"""Token shards: the prepared form of a corpus, read at any place; `shards.py` writes it.
 
 A prepared directory holds, for each split, shards of little-endian ids and a list of documents.
 Shards are read by pread and never mapped: a file cut short under a map kills the process, a short
@@ -8,11 +8,10 @@ read can be named.
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
-from operator import itemgetter
+from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Any, Literal
@@ -24,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from truestep.data.tokenizer import Tokenizer, load_tokenizer
 from truestep.storage import (
     MANIFEST,
-    DirectoryWriter,
     FileRecord,
     StorageError,
     read_file,
@@ -33,7 +31,7 @@ from truestep.storage import (
 
 FORMAT = "truestep tokens"
 FORMAT_VERSION = 1
-SHARD_TOKENS = 2**24  # 16 to 64 MiB, by the width of an id
+_A_LIST = "train-documents.jsonl"
 _OPEN_SHARDS = 64  # descriptors a split holds at most
 
 Count = Annotated[int, Field(ge=0, le=2**60)]
@@ -213,6 +211,11 @@ class PreparedData:
     fingerprint: str
 
 
+def is_prepared(directory: str | Path) -> bool:
+    """Return whether this is a prepared directory; other directories have a manifest.json, too."""
+    return all(os.path.isfile(Path(directory) / name) for name in (MANIFEST, _A_LIST))
+
+
 def open_prepared(directory: Path, tokenizer: Tokenizer | None = None) -> PreparedData:
     """Open a prepared directory; `tokenizer` defaults to the one its manifest names.
 
@@ -259,79 +262,6 @@ def dtype_of(vocab_size: int) -> Literal["uint8", "uint16", "uint32"]:
     if vocab_size <= 2**8:
         return "uint8"
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def write_split(
-    writer: DirectoryWriter,
-    split: str,
-    documents: Iterable[tuple[str, Iterable[Int64[np.ndarray, "_"]]]],
-    tokenizer: Tokenizer,
-    shard_tokens: int = SHARD_TOKENS,
-) -> SplitRecord:
-    """Write the shards and the list of documents of one split and return its record.
-
-    A document is its name and its ids, in pieces; one without any id is left out, the others end
-    with the end-of-document id. Memory holds a piece of one document and the list.
-
-    Errors: ValueError for an id outside the tokenizer's vocabulary, naming the document.
-    """
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
-    lines: list[bytes] = []
-    counts = {"tokens": 0, "bytes": 0}
-
-    def pieces() -> Iterator[Int64[np.ndarray, "_"]]:
-        end = np.array([tokenizer.end_of_document], dtype=np.int64)
-        for name, parts in documents:
-            start = counts["tokens"]
-            for part in parts:
-                _check_ids(part, name, tokenizer)
-                counts["tokens"] += part.size
-                counts["bytes"] += int(tokenizer.token_bytes[part].sum())
-                yield part
-            if counts["tokens"] > start:
-                lines.append(json.dumps({"name": name, "start": start}).encode() + b"\n")
-                counts["tokens"] += 1
-                yield end
-
-    dtype = np.dtype(dtype_of(tokenizer.vocab_size)).newbyteorder("<")
-    shards = []
-    for number, group in groupby(_cut(pieces(), shard_tokens), key=itemgetter(0)):
-        shards.append(f"{split}-{number:05d}.bin")
-        writer.write(shards[-1], (ids.astype(dtype).view(np.uint8) for _, ids in group))
-    documents_file = f"{split}-documents.jsonl"
-    writer.write(documents_file, [b"".join(lines)] if lines else [])
-    return SplitRecord(
-        shards=shards,
-        documents=documents_file,
-        num_tokens=counts["tokens"],
-        num_documents=len(lines),
-        num_bytes=counts["bytes"],
-    )
-
-
-def _cut(
-    pieces: Iterable[Int64[np.ndarray, "_"]], shard_tokens: int
-) -> Iterator[tuple[int, Int64[np.ndarray, "_"]]]:
-    """Yield the pieces with the number of their shard, cut where a shard is full."""
-    position = 0
-    for piece in pieces:
-        taken = 0
-        while taken < piece.size:
-            shard, filled = divmod(position, shard_tokens)
-            part = piece[taken : taken + shard_tokens - filled]
-            yield shard, part
-            taken += part.size
-            position += part.size
-
-
-def _check_ids(ids: Int64[np.ndarray, "N"], name: str, tokenizer: Tokenizer) -> None:
-    wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
-    if wrong.size:
-        raise ValueError(
-            f"document {name!r}: the tokenizer {tokenizer.name!r} gave the id {wrong[0]}, outside "
-            f"its vocabulary of {tokenizer.vocab_size}"
-        )
 
 
 def _record_of(path: Path, files: Mapping[str, FileRecord]) -> FileRecord:
