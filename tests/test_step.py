@@ -279,6 +279,18 @@ def test_dropout_is_a_function_of_seed_and_step_and_leaves_the_users_generator_a
     assert other.training_step(windows()).loss != losses[0][0]
 
 
+def test_every_step_and_micro_batch_draws_a_dropout_of_its_own(bigram, windows):
+    model = bigram(dropout=0.5)
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(model, plain_config(micro_batch_size=2), optimizer=still, sinks=[])
+    same_rows = windows(2).repeat(2, 1)
+    assert len({trainer.training_step(same_rows).loss for _ in range(5)}) == 5
+    masks = []
+    model.dropout.register_forward_hook(lambda *call: masks.append(call[2] == 0))
+    trainer.training_step(same_rows)
+    assert not torch.equal(*masks)
+
+
 def test_the_process_keeps_its_own_determinism_settings(bigram, windows):
     assert not torch.are_deterministic_algorithms_enabled()
     inside = []

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -186,8 +187,29 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function into one graph of fixed shapes."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    """Compile a function into one graph of fixed shapes; what cannot be traced runs as it is.
+
+    That is said once, by a warning.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    fast, works = torch.compile(function, fullgraph=True, dynamic=False), True
+
+    def call(*arguments: Any) -> Any:
+        nonlocal works
+        if works:
+            try:
+                return fast(*arguments)
+            except TorchDynamoException as error:
+                works = False
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(
+                    f"the model cannot be compiled whole and runs uncompiled: {reason}",
+                    stacklevel=2,
+                )
+        return function(*arguments)
+
+    return call
 
 
 def processor_name() -> str:

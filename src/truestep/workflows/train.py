@@ -97,6 +97,11 @@ def _train(config: RunConfig, directory: Path, say: Say) -> Outcome:
     directory.mkdir(parents=True, exist_ok=True)
     with RunLock(directory), contextlib.ExitStack() as stack:
         checkpoint = newest_checkpoint(directory / CHECKPOINTS, say)
+        if checkpoint is None and any((directory / CHECKPOINTS).glob(".bad-*")):
+            raise RunError(
+                f"{directory} has no intact checkpoint left to go on from; start a new run, or "
+                f"remove {directory / CHECKPOINTS} to train this one again from its first step"
+            )
         if checkpoint is not None:
             _check_same(load_checkpoint(checkpoint, trainer), facts, say)
             say(f"going on from {checkpoint}")

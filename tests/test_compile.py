@@ -1,0 +1,61 @@
+"""The compiled step: it agrees with the eager one, keeps its bits, and falls back by itself."""
+
+import pytest
+import torch
+
+from truestep import Trainer, TrainingConfig, every
+
+
+def train(model, windows, compile_, evaluate_every=None):
+    config = TrainingConfig(compile=compile_, precision="float32", micro_batch_size=2)
+
+    def disturb(trainer, _):
+        trainer.evaluate([windows(7, 5, seed=50)])  # another shape than training's
+        torch.rand(3)
+
+    companions = [every(evaluate_every, disturb)] if evaluate_every else []
+    trainer = Trainer(model, config, sinks=[], companions=companions)
+    losses = []
+    trainer.companions.append(every(1, lambda _, metrics: losses.append(metrics.loss)))
+    trainer.fit([windows(seed=i) for i in range(6)], num_steps=6)
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.xdist_group("compile")
+def test_the_compiled_step_agrees_with_the_eager_one_and_evaluation_leaves_its_bits(
+    bigram, windows
+):
+    eager, _ = train(bigram(), windows, "off")
+    compiled, parameters = train(bigram(dropout=0.3), windows, "on")
+    again, same = train(bigram(dropout=0.3), windows, "on", evaluate_every=2)
+    assert again == compiled
+    assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
+    plain, _ = train(bigram(), windows, "on")
+    assert plain == pytest.approx(eager, rel=1e-5)
+
+
+class Untraceable(torch.nn.Module):
+    """A model whose forward looks at values, which no single graph can hold."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        logits = self.model(tokens)
+        return logits * 2 if float(logits.detach().mean()) > 100 else logits
+
+
+def test_a_model_that_cannot_be_compiled_whole_runs_eager_and_says_so_once(bigram, windows):
+    expected, _ = train(bigram(), windows, "off")
+    with pytest.warns(UserWarning, match="runs uncompiled") as caught:
+        losses, _ = train(Untraceable(bigram()), windows, "on")
+    assert losses == expected
+    assert len(caught) == 1
+
+
+def test_auto_compiles_long_runs_only(bigram, windows):
+    short = Trainer(bigram(), TrainingConfig(num_steps=10), sinks=[])
+    short.prepare(windows())
+    assert short.config.compile == "off"
+    assert {short.config.precision, short.config.deterministic} <= {"bfloat16", "float32", "on"}
