@@ -88,6 +88,7 @@ class Trainer:
         self.facts: ModelFacts | None = None  # what `prepare` learns from the first batch
         self._forward_loss: Callable[..., Tensor] | None = None
         self._halted: Tensor | None = None
+        self._stopping = False
         self._steps_taken = 0
         self._clock = 0.0  # when the time that the next record reports began
         for group in self.optimizer.param_groups:
@@ -143,7 +144,8 @@ class Trainer:
         """
         end = self.config.num_steps if num_steps is None else num_steps
         resumed = self.step != self._steps_taken
-        self.stop_reason = None
+        if not self._stopping:  # a signal may come before the first step
+            self.stop_reason = None
         self._halted = torch.zeros((), dtype=torch.bool, device=self.device)
         self._clock = time.perf_counter()
         in_flight: list[_Launched] = []
@@ -154,19 +156,19 @@ class Trainer:
                     due = self._due(self.step, end)
                     while len(in_flight) > (1 if self.runs_ahead and not due else 0):
                         self._finish(in_flight.pop(0), end)
-                    if self.step >= end or self.stop_reason is not None:
+                    if self.step >= end or self._stopping:
                         break
         except NonFiniteError:
             in_flight.clear()  # launched after it, and halted: these updated nothing
             raise
         finally:
-            self._halted = None
+            self._halted, self._stopping = None, False
             for launched in in_flight:  # an exception came between: what was done is still logged
                 self._report(launched)
 
     def stop(self, reason: str) -> None:
         """End `fit` after the current step; `stop_reason` keeps the reason."""
-        self.stop_reason = reason
+        self.stop_reason, self._stopping = reason, True
 
     def evaluate(self, batches: Iterable[Any], *, token_bytes: Tensor | None = None) -> Evaluation:
         """Return the loss over all batches in this trainer's precision; training is untouched."""

@@ -216,6 +216,8 @@ def _companions(
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
 
     def validate(trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.stop_reason is not None:  # whoever stopped the run does not want to wait
+            return
         last = metrics.step >= config.training.num_steps
         batches = evaluation_batches(
             data.validation,
