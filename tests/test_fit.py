@@ -39,6 +39,7 @@ def test_fit_goes_up_to_the_step_and_asks_for_each_batch_once(bigram, windows):
     trainer = Trainer(bigram(), TrainingConfig(num_steps=7), sinks=[sink])
     trainer.fit(data)
     trainer.fit(data)  # already there
+    assert trainer.step == 7
     trainer.fit(data, num_steps=9)
     assert trainer.step == 9
     assert data.asked == list(range(9))
@@ -151,6 +152,14 @@ def test_the_shortest_runs_have_a_schedule_too(num_steps, warmup_steps):
     for build in (warmup_cosine, warmup_stable_decay):
         schedule = build(warmup_steps=warmup_steps, num_steps=num_steps)
         assert all(0 < schedule(step) <= 1 for step in range(num_steps))
+
+
+def test_the_first_update_has_the_first_rate_and_the_last_the_last(bigram, windows):
+    config = TrainingConfig(schedule="wsd", warmup_steps=4, num_steps=10, decay_steps=3)
+    trainer = Trainer(bigram(), config, sinks=[])
+    rates = [trainer.training_step(windows()).learning_rate for _ in range(10)]
+    assert rates[:4] == [3e-4 * factor for factor in (0.25, 0.5, 0.75, 1.0)]
+    assert rates[-1] == 3e-4 * 0.1
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
