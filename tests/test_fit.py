@@ -130,6 +130,20 @@ def test_evaluation_weighs_by_tokens_not_by_batches(bigram, windows):
     assert result.loss == pytest.approx(total / 66, rel=1e-6)
 
 
+def test_evaluation_is_without_dropout_and_draws_no_random_number(bigram, windows):
+    model, batch = bigram(dropout=0.5), windows()
+    trainer = Trainer(model, TrainingConfig(precision="float32"), sinks=[])
+    before = torch.get_rng_state()
+    drawn = []  # a model that draws all the same
+    model.head.register_forward_hook(lambda *_: drawn.append(torch.rand(1)))
+    result = trainer.evaluate([batch])
+    assert torch.equal(torch.get_rng_state(), before)
+    model.eval()
+    with torch.no_grad():
+        expected = compute_loss(model(batch[:, :-1]), batch[:, 1:])
+    assert result.loss == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_the_learning_rate_is_a_pure_function_of_the_step_with_exact_ends():
     cosine = warmup_cosine(warmup_steps=4, num_steps=20, final_factor=0.1)
     assert [cosine(s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
