@@ -24,8 +24,12 @@ import torch
 
 import truestep
 from truestep import GPT, Batch, GPTConfig, Trainer, TrainingConfig
-from truestep.metrics import measure_peak_flops
-from truestep.runtime import keep_freed_memory, processor_name, resolve_device
+from truestep.runtime import (
+    keep_freed_memory,
+    measure_peak_flops,
+    processor_name,
+    resolve_device,
+)
 
 Step = Callable[[], float]  # one update, returning its loss
 

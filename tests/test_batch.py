@@ -65,6 +65,7 @@ def test_splitting_loses_nothing_and_remembers_each_position():
         ({"tokens": WINDOWS}, ValueError, "lacks input_ids"),
         ({"input_ids": WINDOWS, "labels": WINDOWS[:, 1:]}, ValueError, "unshifted"),
         ({"input_ids": WINDOWS, "attention_mask": WINDOWS[:1]}, ValueError, "attention_mask"),
+        ({"input_ids": WINDOWS, "attention_mask": [[1]]}, ValueError, "attention_mask is list"),
         ({"input_ids": WINDOWS, "lengths": torch.arange(3)}, ValueError, "lengths"),
         ({"input_ids": WINDOWS, "text": ["a", "b"]}, ValueError, "text"),
         ("a string", TypeError, "str"),

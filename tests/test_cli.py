@@ -156,6 +156,62 @@ def test_resume_refuses_edited_text(capsys):
     assert "is not the text this run began with" in capsys.readouterr().err
 
 
+def test_a_run_below_the_text_never_becomes_its_text():
+    Path("more.md").write_text("some more prose\n" * 100)
+    assert train("--data", ".") == 0
+    assert main(["train", "--resume", "auto"]) == 0
+
+
+def test_the_environment_says_where_runs_lie_for_every_command(monkeypatch, capsys):
+    monkeypatch.setenv("TRUESTEP_RUN__DIRECTORY", "elsewhere")
+    assert train() == 0
+    assert Path("elsewhere/text-1/report.html").is_file()
+    assert main(["sample", "--tokens", "5"]) == 0
+    assert main(["report"]) == 0
+    monkeypatch.setenv("TRUESTEP_RUN__NAMES", "x")
+    assert main(["evaluate"]) == 2
+    assert "TRUESTEP_RUN__NAMES names no setting" in capsys.readouterr().err
+
+
+def test_a_run_is_read_from_another_directory_without_a_trace_there(monkeypatch, workplace):
+    assert train() == 0
+    before = Path("runs/text-1/config.toml").read_text()
+    Path("below").mkdir()
+    monkeypatch.chdir(workplace / "below")
+    assert main(["evaluate", "../runs/text-1"]) == 0
+    assert main(["train", "--resume", "../runs/text-1"]) == 0
+    assert not list(Path().iterdir())
+    assert Path("../runs/text-1/config.toml").read_text() == before
+
+
+def test_evaluation_skips_what_is_no_text_in_a_directory(capsys):
+    assert train() == 0
+    Path("folder").mkdir()
+    Path("folder/good.txt").write_text("good text\n" * 50)
+    Path("folder/bad.txt").write_bytes(b"\xff\xfe" * 50)
+    assert main(["evaluate", "--data", "folder"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(capsys):
+    assert train() == 0
+    for path in Path("runs/text-1/checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(b"broken")
+    assert main(["sample"]) == 2
+    assert main(["train", "--resume", "auto"]) == 2
+    assert "no intact checkpoint left" in capsys.readouterr().err
+    assert len(log_of("runs/text-1")) > 12
+
+
+def test_two_new_runs_never_share_a_directory():
+    from truestep.config import RunSettings
+    from truestep.workflows.run import claim_directory
+
+    Path("runs").mkdir()
+    claimed = [claim_directory(RunSettings(), "text.txt") for _ in range(3)]
+    assert len(set(claimed)) == 3
+
+
 def test_resume_auto_without_a_run_starts_one(capsys):
     assert train("--resume", "auto") == 0
     assert "starting a new one" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from truestep import Trainer, TrainingConfig, every
+from truestep import Trainer, TrainingConfig, every, load_checkpoint, save_checkpoint
 
 
 def train(model, windows, compile_, evaluate_every=None):
@@ -32,6 +32,23 @@ def test_the_compiled_step_agrees_with_the_eager_one_and_evaluation_leaves_its_b
     assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
     plain, _ = train(bigram(), windows, "on")
     assert plain == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.xdist_group("compile")
+def test_a_compiled_run_resumes_bit_for_bit(bigram, windows, tmp_path):
+    config = TrainingConfig(compile="on", micro_batch_size=3)
+    whole = Trainer(bigram(dropout=0.3), config, sinks=[])
+    for step in range(6):
+        if step == 3:
+            save_checkpoint(whole, tmp_path)
+        whole.training_step(windows(seed=step))
+    torch.compiler.reset()
+    again = Trainer(bigram(dropout=0.3), config, sinks=[])
+    load_checkpoint(tmp_path / "step-3", again)
+    for step in range(3, 6):
+        again.training_step(windows(seed=step))
+    for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 class Untraceable(torch.nn.Module):

@@ -130,10 +130,22 @@ def test_evaluation_weighs_by_tokens_not_by_batches(bigram, windows):
     assert result.loss == pytest.approx(total / 66, rel=1e-6)
 
 
+def test_evaluation_takes_what_training_takes(bigram, windows):
+    trainer = Trainer(bigram(), sinks=[])
+    tokens = windows()
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens).numpy()}
+    trainer.training_step(batch)
+    assert trainer.evaluate([batch]).num_tokens == 32
+    tokens[0, 0] = 99
+    with pytest.raises(ValueError, match=r"tokens\[0, 0\] = 99"):
+        trainer.evaluate([tokens])
+
+
 def test_evaluation_is_without_dropout_and_draws_no_random_number(bigram, windows):
     model, batch = bigram(dropout=0.5), windows()
     trainer = Trainer(model, TrainingConfig(precision="float32"), sinks=[])
     before = torch.get_rng_state()
+    model.training = False  # but the dropout inside is still in train mode
     drawn = []  # a model that draws all the same
     model.head.register_forward_hook(lambda *_: drawn.append(torch.rand(1)))
     result = trainer.evaluate([batch])

@@ -68,6 +68,13 @@ def test_every_room_has_a_level():
 def test_only_one_file_reads_the_environment_and_one_touches_the_process():
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
+        assert "getenv" not in text, path
+        if path.parent.name == "cli":  # hands it to `resolve`, and to nothing else
+            assert text.count("os.environ") == text.count("os.environ)") + text.count(
+                "os.environ, "
+            )
+        elif path.name not in {"settings.py", "config.py"}:
+            assert "os.environ" not in text, path
         if path.name != "runtime.py":
             for call in ("set_num_threads", "manual_seed(", "use_deterministic_algorithms("):
                 lines = [line for line in text.splitlines() if call in line]

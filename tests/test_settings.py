@@ -31,12 +31,15 @@ def test_environment_values_are_read_as_toml_would(tmp_path):
         "TRUESTEP_TRAINING__MAX_GRAD_NORM": "off",
         "TRUESTEP_MODEL__QK_NORM": "true",
         "TRUESTEP_DATA__SOURCE": "my text.txt",
+        "TRUESTEP_RUN__NAME": "7",
+        "TRUESTEP_RUN__SAMPLE_PROMPT": "true # x",
     }
     config = resolve({}, environ)
     assert config.training.betas == (0.8, 0.9)
     assert config.training.max_grad_norm == "off"
     assert config.model.qk_norm is True
     assert config.data.source == "my text.txt"
+    assert (config.run.name, config.run.sample_prompt) == ("7", "true # x")
 
 
 def test_the_resolved_config_survives_toml_and_json(tmp_path):
@@ -61,6 +64,8 @@ def test_the_resolved_config_survives_toml_and_json(tmp_path):
             {"schedule": "wsd", "decay_steps": 8, "warmup_steps": 3, "num_steps": 10},
             ["decay_steps=8", "warmup_steps=3", "num_steps=10"],
         ),
+        ({"num_steps": True}, ["num_steps=true", "must be int"]),
+        ({"max_grad_norm": False}, ["max_grad_norm=false"]),
         ({"optimizer": "sgd"}, ["optimizer=sgd", "'adamw' or 'muon'"]),
         ({"lerning_rate": 1}, ["lerning_rate is not a setting", "learning_rate"]),
         ({"precision": "a\nb\x1b[31m"}, ["precision=a\\nb\\x1b"]),

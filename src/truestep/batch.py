@@ -83,11 +83,16 @@ class Batch:
                 f"labels have shape {list(labels.shape)} but input_ids {list(tokens.shape)}; "
                 "they must be equal, labels unshifted"
             )
-        inputs = {key: value for key, value in batch.items() if key not in {"input_ids", "labels"}}
+        inputs = {
+            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for key, value in batch.items()
+            if key not in {"input_ids", "labels"}
+        }
         if (mask := inputs.get("attention_mask")) is not None:
-            if tuple(mask.shape) != tuple(tokens.shape):
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            if shape != list(tokens.shape):
                 raise ValueError(
-                    f"attention_mask has shape {list(mask.shape)}; it must be [B, T] = "
+                    f"attention_mask is {shape}; it must be a tensor [B, T] = "
                     f"{list(tokens.shape)} like input_ids"
                 )
             labels = labels.masked_fill(mask == 0, IGNORE_INDEX)

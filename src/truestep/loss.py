@@ -41,7 +41,9 @@ def compute_loss(
     The result is float32 (float64 for float64 logits); if every target is ignored it is 0,
     connected to the graph.
 
-    Errors: ValueError or TypeError for shapes or dtypes that do not fit.
+    Logits must be finite where they are ignored, too: NaN there has a gradient of NaN.
+    Errors: ValueError or TypeError for shapes or dtypes that do not fit, IndexError for a target
+    outside the vocabulary.
     """
     _check(logits, targets)
     labels = targets.flatten().long()

@@ -1,10 +1,7 @@
-"""What one step reports, and what a machine could do at most."""
+"""What one step reports, and how much of the machine it used."""
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,3 @@ def model_flops_utilization(
     Source: Chowdhery et al. 2022 (PaLM), appendix B; `flops_per_token` counts forward and backward.
     """
     return tokens_per_second * flops_per_token / peak_flops_per_second
-
-
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """Return the best rate, in FLOP/s, of a few square matrix products on random data."""
-    size = size if device.type == "cpu" else 8192
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(size, size, generator=generator).to(device, dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        product = matrix @ matrix
-        _ = product[0, 0].item()  # waits for an accelerator
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -84,21 +85,28 @@ def computing(
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def _random_states(device: torch.device) -> list[Any]:
-    """Return the modules whose default generators an operation on `device` may draw from."""
-    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """Return the default generators that an operation on `device` may draw from."""
+    generators = [torch.default_generator]
+    if device.type in {"cuda", "xpu"}:
+        module: Any = torch.get_device_module(device)
+        index = module.current_device() if device.index is None else device.index
+        generators.append(module.default_generators[index])
+    elif device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    return generators
 
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Leave the default generators, afterwards, as they were found."""
-    modules = _random_states(device)
-    states = [module.get_rng_state() for module in modules]
+    generators = _generators(device)
+    states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
-        for module, state in zip(modules, states, strict=True):
-            module.set_rng_state(state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 @contextlib.contextmanager
@@ -109,9 +117,8 @@ def seeded(device: torch.device, *key: object) -> Iterator[None]:
     """
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     with random_state_kept(device):
-        torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
-        for module in _random_states(device)[1:]:
-            module.manual_seed(int.from_bytes(digest, "little"))
+        for generator in _generators(device):
+            generator.manual_seed(int.from_bytes(digest, "little"))
         yield
 
 
@@ -150,8 +157,11 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def module_modes(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put the model into train or eval mode, and every submodule back into its own afterwards."""
-    if model.training == training:  # submodules that differ were set so by the user
+    """Put the model into train or eval mode, and every submodule back into its own afterwards.
+
+    Submodules that the user froze in eval mode stay so in a model that is in train mode.
+    """
+    if training and model.training:
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
@@ -172,15 +182,17 @@ def resolve_compile(
 ) -> bool:
     """Say whether to compile: auto does where a one-line probe compiles and the run is long."""
     if setting == "auto":
-        return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf")) and can_compile()
+        return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf")) and can_compile(
+            device
+        )
     return setting == "on"
 
 
 @functools.cache
-def can_compile() -> bool:
-    """Say whether this machine compiles one line (a missing compiler or Python.h is common)."""
+def can_compile(device: torch.device) -> bool:
+    """Say whether one line compiles for the device (a missing compiler or Python.h is common)."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1))
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except (RuntimeError, OSError):
         return False
     return True
@@ -210,6 +222,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments)
 
     return call
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best rate, in FLOP/s, of a few square matrix products on random data."""
+    size = 2048 if device.type == "cpu" else 8192
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator).to(device, dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        _ = product[0, 0].item()  # waits for an accelerator
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
 
 
 def processor_name() -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 ENVIRONMENT_PREFIX = "TRUESTEP_"
@@ -50,6 +50,18 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_for_numbers(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(
+                    f"{name}={_shown(value)} is true or false, but must be "
+                    f"{_type_text(field.annotation)}; the default is {_shown(field.default)}"
+                )
+        return values
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -160,7 +172,7 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
 
     Errors: ConfigError for a TRUESTEP_ variable that names no setting, with the nearest one.
     """
-    known = {_variable(setting.name): setting.name for setting in settings(config)}
+    known = {_variable(setting.name): setting for setting in settings(config)}
     values: dict[str, Any] = {}
     for variable in sorted(environ):
         if not variable.startswith(ENVIRONMENT_PREFIX):
@@ -168,13 +180,14 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
         if variable not in known:
             ending = [name for name in known if name.endswith(variable.split("_", 1)[1])]
             hint = nearest(variable, ending[:1] or known)
-            text = f"environment variable {variable} names no setting{hint}"
-            raise ConfigError([Problem((), text)])
+            problem = f"environment variable {variable} names no setting{hint}"
+            raise ConfigError([Problem((), problem)])
         table = values
-        *sections, key = known[variable].split(".")
+        *sections, key = known[variable].name.split(".")
         for section in sections:
             table = table.setdefault(section, {})
-        table[key] = _parse(environ[variable])
+        text = environ[variable]
+        table[key] = text if known[variable].type == "str" else _parse(text)
     return values
 
 

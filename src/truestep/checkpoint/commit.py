@@ -44,7 +44,7 @@ _HOLDER_LIMIT_BYTES = 4096
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RuntimeError):
     """A checkpoint or its directory cannot be used as asked."""
 
 
@@ -96,11 +96,12 @@ def commit_checkpoint(
     """Write `files` (name to byte-like chunks) as `directory/step-<step>` and return its path.
 
     `content` is what the manifest says beside the files. Afterwards older checkpoints than the
-    `keep` newest are removed; those of later steps are not touched. If an intact checkpoint of
-    this step exists it stays as it is, and nothing is written.
+    `keep` newest are removed; those of later steps are not touched. If this very state has been
+    committed it stays as it is, and nothing is written.
 
     Errors: OSError when the disk fails, and what was committed before is untouched;
-    CheckpointError if another process writes here, or a damaged checkpoint of this step exists.
+    CheckpointError if another process writes here, or if there is a checkpoint of this step that
+    is damaged or of another state.
     """
     if keep < _MIN_KEEP:
         raise ValueError(f"keep={keep} must be at least {_MIN_KEEP}: one to go back to")
@@ -111,6 +112,7 @@ def commit_checkpoint(
             storage.remove(leftover)
         if os.path.lexists(path):
             verify_checkpoint(path)
+            _require_same_files(path, files)
             storage.sync_directory(directory)  # its own save may have died before this
         else:
             with DirectoryWriter(path, storage) as writer:
@@ -121,6 +123,20 @@ def commit_checkpoint(
             [old for number, old in list_checkpoints(directory) if number <= step][:-keep], storage
         )
     return path
+
+
+def _require_same_files(path: Path, files: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse to take the state of another training for this one."""
+    _, records = read_checkpoint_manifest(path)
+    for name, chunks in files.items():
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        if records[name].sha256 != digest.hexdigest():
+            raise CheckpointError(
+                f"{path} holds another state of this step (its {name} differs); save into "
+                "another directory, or remove it"
+            )
 
 
 def _prune(checkpoints: Sequence[Path], storage: Storage) -> None:

@@ -1,5 +1,6 @@
 """The command line: one thin file a command, each imported only when it is called."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from truestep.cli.options import explain_usage
 
         return _fail(explain_usage(error), USAGE)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RUNTIME
     except (ValueError, TypeError) as error:
         return _fail(str(error), USAGE)
     except (OSError, RuntimeError) as error:

@@ -15,8 +15,11 @@ def evaluate(run: str = "auto", /, *, data: str | None = None, device: str = "au
         cpu, cuda, cuda:N or mps; auto is an accelerator if there is one.
 
     """
-    from truestep.config import RunSettings
+    import os
+
+    from truestep.cli.options import say
+    from truestep.config import resolve
     from truestep.workflows.evaluate import evaluate_run
     from truestep.workflows.run import find_run
 
-    evaluate_run(find_run(run, RunSettings()), data, device, print)
+    evaluate_run(find_run(run, resolve({}, os.environ).run), data, device, say)

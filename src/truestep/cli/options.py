@@ -1,11 +1,13 @@
 """The settings as command-line options, and errors about them."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import CycloptsError, Group, Parameter
 from pydantic import ValidationError, create_model
 
 from truestep.config import RunConfig
+from truestep.observe.sinks import print_line
 from truestep.settings import Config, ConfigError, explain, section_of
 
 _TITLES = {
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     RunOptions = RunConfig  # the same fields; a type checker cannot follow how they are made
 else:
     RunOptions = _options_of(RunConfig)
+
+
+def say(text: str) -> None:
+    """Print a line that any encoding can take, at once."""
+    print_line(sys.stdout, text)
 
 
 def given(options: Config) -> dict[str, Any]:

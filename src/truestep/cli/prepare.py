@@ -25,11 +25,12 @@ def prepare(
         A text file or directory to validate on; auto holds out a tenth of the source.
 
     """
+    from truestep.cli.options import say
     from truestep.data.prepare import prepare as prepare_data
     from truestep.data.tokenizer import load_tokenizer
 
     data = prepare_data(
-        source, out, tokenizer=load_tokenizer("bytes"), validation=validation, say=print
+        source, out, tokenizer=load_tokenizer("bytes"), validation=validation, say=say
     )
-    print(f"{len(data.train):,} tokens to train on, {len(data.validation):,} to validate on")
-    print(f"written to {out}; train with: truestep train --data {out}")
+    say(f"{len(data.train):,} tokens to train on, {len(data.validation):,} to validate on")
+    say(f"written to {out}; train with: truestep train --data {out}")

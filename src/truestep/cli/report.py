@@ -10,11 +10,14 @@ def report(run: str = "auto", /) -> None:
         A run's directory; auto is the newest below runs/.
 
     """
-    from truestep.config import RunSettings
+    import os
+
+    from truestep.cli.options import say
+    from truestep.config import resolve
     from truestep.observe.page import write_report
     from truestep.observe.plots import draw_plots
     from truestep.workflows.run import find_run
 
-    directory = find_run(run, RunSettings())
+    directory = find_run(run, resolve({}, os.environ).run)
     for path in [*draw_plots(directory), write_report(directory)]:
-        print(path)
+        say(str(path))

@@ -37,15 +37,16 @@ def sample(
         cpu, cuda, cuda:N or mps; auto is an accelerator if there is one.
 
     """
+    import os
     import sys
 
-    from truestep.config import RunSettings
+    from truestep.cli.options import say
+    from truestep.config import resolve
     from truestep.observe.text import printable
     from truestep.workflows.run import find_run, load_trained, write_text
 
-    trained = load_trained(
-        find_run(run, RunSettings()), lambda text: print(text, file=sys.stderr), device
-    )
+    directory = find_run(run, resolve({}, os.environ).run)
+    trained = load_trained(directory, lambda text: print(text, file=sys.stderr), device)
     written = write_text(
         trained.model,
         trained.tokenizer,
@@ -55,4 +56,4 @@ def sample(
         top_p=top_p,
         seed=seed,
     )
-    print(printable(prompt + written))
+    say(printable(prompt + written))

@@ -1,6 +1,7 @@
 """`truestep train`."""
 
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from truestep.cli.options import RunOptions, given
+from truestep.cli.options import RunOptions, given, say
 from truestep.config import RunConfig, resolve
 from truestep.settings import ConfigError, Problem, nearest, settings
 
@@ -65,28 +66,37 @@ def train(
         except RunError as error:
             if resume != "auto":
                 raise
-            print(f"{error}; starting a new one")
+            say(f"{error}; starting a new one")
     if directory is None:
-        outcome = train_run(chosen, print)
+        outcome = train_run(chosen, say)
     else:
         base = read_run_config(directory).model_dump(mode="json")
         chosen = resolve(explicit, os.environ, config, base)
-        outcome = resume_run(chosen, directory, print, frozenset(override))
+        outcome = resume_run(chosen, directory, say, frozenset(override))
     return _conclude(outcome.directory, outcome.step, outcome.stopped_by)
 
 
 def _conclude(directory: Path, step: int, stopped_by: str | None) -> int:
     """Say where everything lies and what to try next; return the exit code."""
-    command = "truestep" if shutil.which("truestep") else os.path.relpath(sys.argv[0])
+    command, run = _command(), shlex.quote(str(directory))
     if stopped_by is not None:
-        print(f"stopped by {stopped_by} at step {step}; nothing is lost. Go on with:")
-        print(f"  {command} train --resume {directory}")
+        say(f"stopped by {stopped_by} at step {step}; nothing is lost. Go on with:")
+        say(f"  {command} train --resume {run}")
         return 128 + signal.Signals[stopped_by].value
-    print(f"checkpoint  {directory}/checkpoints/step-{step}")
-    print(f"plot        {directory}/plots/loss.png")
-    print(f"report      {directory}/report.html")
-    print("Try next:")
-    print(f"  {command} sample {directory} --prompt 'def '")
-    print(f"  {command} evaluate {directory}")
-    print(f"  {command} train --data your.txt")
+    say(f"checkpoint  {directory}/checkpoints/step-{step}")
+    say(f"plot        {directory}/plots/loss.png")
+    say(f"report      {directory}/report.html")
+    say("Try next:")
+    say(f"  {command} sample {run} --prompt 'def '")
+    say(f"  {command} evaluate {run}")
+    say(f"  {command} train --data your.txt")
     return 0
+
+
+def _command() -> str:
+    """Return how this command was called, as it can be typed again."""
+    if shutil.which("truestep"):
+        return "truestep"
+    if Path(sys.argv[0]).name == "__main__.py":
+        return f"{shlex.quote(os.path.relpath(sys.executable))} -m truestep"
+    return shlex.quote(os.path.relpath(sys.argv[0]))

@@ -20,7 +20,7 @@ from typing import Literal
 BUILT_IN = ("stdlib", "torch-src", "docstrings")
 
 # Prose and code; README, LICENSE and Makefile have no suffix. Data and settings (json, csv, toml,
-# log) are left out: what a run writes below the directory would otherwise become its text.
+# log) are left out.
 _PROSE = ".txt .text .md .markdown .rst .adoc .org .tex .html .htm .xml .srt"
 _CODE = (
     ".py .pyi .ipynb .c .h .cc .cpp .cxx .hh .hpp .cu .cuh .java .js .jsx .mjs .ts .tsx .go .rs"
@@ -31,6 +31,7 @@ _TEXT_SUFFIXES = frozenset(["", *_PROSE.split(), *_CODE.split()])
 _SKIPPED_IN_PACKAGES = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
+_RUN_FILES = {"config.toml", "manifest.json", "metrics.jsonl"}
 _PIECE_BYTES = 2**20
 
 Say = Callable[[str], object]
@@ -182,6 +183,10 @@ def _documents_below(
         for directory, names, files in os.walk(
             root, onerror=lambda _: skipped.update(["unreadable directory"])
         ):
+            if set(files) >= _RUN_FILES:  # what a run writes must not become its own text
+                skipped["run of truestep"] += 1
+                names.clear()
+                continue
             names[:] = [n for n in names if not n.startswith(".") and n not in skipped_directories]
             for name in files:
                 path = Path(directory, name)

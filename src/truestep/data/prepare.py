@@ -172,6 +172,14 @@ def _survey(source: str, validation: str, tokenizer: Tokenizer, say: Say) -> _Su
     return _Survey(source, splits, digest.hexdigest())
 
 
+def readable_documents(source: str, say: Say) -> list[Document]:
+    """Return the documents of a source that are text, and not empty; `say` is told of the others.
+
+    Errors: CorpusError for a source without text.
+    """
+    return [member.document for member in _hash_all("source", source, say)]
+
+
 def _hash_all(field: str, source: str, say: Say) -> list[_Hashed]:
     """Read all of a source and return the documents that are text, and not empty."""
     hashed, problems = [], []

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from truestep.model.attention import KVCache
 from truestep.model.gpt import GPT
+from truestep.runtime import module_modes
 
 
 def generate(
@@ -62,7 +62,7 @@ def _next_logits(
     for _ in range(max_new_tokens):
         if cache.length + len(unread) > context_length:
             cache, unread = KVCache(), history[-max(1, context_length // 2) :]
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), module_modes(model, training=False):
             logits = model(torch.tensor([unread], device=device), cache)[0, -1]
         if not logits.isfinite().all():
             raise ValueError(
@@ -71,18 +71,6 @@ def _next_logits(
             )
         yield logits.cpu().double()
         unread = history[-1:]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode, then give every module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _sample(

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from truestep.metrics import model_flops_utilization
 from truestep.observe.sinks import format_record, is_notable, print_line
 from truestep.observe.text import encodable, format_duration, printable
 
@@ -54,11 +55,8 @@ class Pace:
     ) -> None:
         self.num_steps = num_steps
         self.step = 0
-        self._utilization_of_a_token = (
-            flops_per_token / peak_flops_per_second
-            if flops_per_token and peak_flops_per_second
-            else None
-        )
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops_per_second
         self._recent: deque[tuple[int, float]] = deque(maxlen=_PACE_STEPS)
         self._warm = False
 
@@ -86,10 +84,10 @@ class Pace:
 
     @property
     def utilization(self) -> float | None:
-        """MFU in [0, 1] (PaLM, Chowdhery et al. 2022, appendix B), or None if not known."""
-        if self._utilization_of_a_token is None:
+        """MFU in [0, 1], or None if not known."""
+        if not self._flops_per_token or not self._peak:
             return None
-        return self.tokens_per_second * self._utilization_of_a_token
+        return model_flops_utilization(self.tokens_per_second, self._flops_per_token, self._peak)
 
 
 def open_display(

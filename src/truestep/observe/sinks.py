@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,6 +104,10 @@ class JsonlSink:
             with contextlib.suppress(OSError):  # half a line would spoil the next one
                 self._stream.truncate(end)
             raise self._failed(error) from None
+
+    def sync(self) -> None:
+        """Return only when every record is on the medium."""
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""

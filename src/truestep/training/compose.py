@@ -36,10 +36,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 def _muon_matrices(model: nn.Module) -> list[nn.Parameter]:
     tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     facts = probe(model, Batch(tokens, tokens))
-    if facts is None:
+    if facts is None or facts.head is None:
         raise ValueError(
-            f"optimizer=muon cannot find the head of {type(model).__name__}, whose forward depends "
-            "on values; use optimizer=adamw, or give Trainer an optimizer"
+            f"optimizer=muon finds no module in {type(model).__name__} that produces its logits, "
+            "and must not take that matrix; use optimizer=adamw, or give Trainer an optimizer"
         )
     return hidden_matrices(model, facts.head)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from truestep.batch import Batch
 from truestep.loss import IGNORE_INDEX, compute_loss
 from truestep.runtime import computing, module_modes, random_state_kept
+from truestep.training.feed import fit_inputs
 from truestep.training.probe import logits_of
 
 
@@ -47,7 +48,7 @@ def evaluate(
     total, num_tokens, num_bytes = 0.0, 0, 0
     with module_modes(model, training=False), random_state_kept(device), torch.no_grad():
         for given in batches:
-            batch = Batch.of(given)
+            batch = fit_inputs(Batch.of(given), model)
             valid = batch.targets[batch.targets != IGNORE_INDEX]
             if token_bytes is not None:
                 num_bytes += int(token_bytes[valid.cpu()].sum())

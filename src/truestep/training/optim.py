@@ -29,10 +29,10 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     ]
 
 
-def hidden_matrices(model: nn.Module, head: nn.Module | None) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module, head: nn.Module) -> list[nn.Parameter]:
     """Return what Muon takes: matrices except embeddings, what is tied to them, and the head.
 
-    `head` is the layer that produces the logits, if it is a module of its own.
+    `head` is the layer that produces the logits.
     Errors: ValueError for a model without such a matrix.
     """
     others = {
@@ -103,6 +103,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon.param_groups = self.param_groups[-1:]
         self._adamw.state = self._muon.state = self.state
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_adamw": self._adamw, "_muon": self._muon}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this pair."""
         super().load_state_dict(state_dict)
@@ -118,12 +121,15 @@ class MuonAdamW(torch.optim.Optimizer):
 def clip_gradients(gradients: list[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients in place so that their global norm is at most `max_norm`; return the norm.
 
-    The norm is measured before. At or below the limit nothing changes, not by a bit: torch's
-    `clip_grad_norm_` already scales just below it, because it divides by norm + 1e-6.
+    The norm is measured before, in float32 at least; narrower gradients meet the limit up to their
+    own rounding. At or below the limit nothing changes, not by a bit: torch's `clip_grad_norm_`
+    already scales just below it, because it divides by norm + 1e-6.
     """
     if not gradients:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients)
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is None:
         return norm
     factor = torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm))

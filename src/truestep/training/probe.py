@@ -41,13 +41,13 @@ def probe(model: nn.Module, batch: Batch) -> ModelFacts | None:
 
     None for a model that cannot run so, because what it does depends on the values.
     """
-    called: list[nn.Module] = []
-    hooks = [
-        module.register_forward_hook(lambda module, *_: called.append(module))
-        for module in model.modules()
-        if _matrix_rows(module)
-    ]
-    fake = FakeTensorMode()
+    columns: dict[nn.Module, int] = {}  # in the order of the calls
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        columns[module] = output.shape[-1] if isinstance(output, Tensor) and output.dim() else 0
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if _has_matrix(m)]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
@@ -58,7 +58,7 @@ def probe(model: nn.Module, batch: Batch) -> ModelFacts | None:
                 (fake.from_tensor(batch.tokens),),
                 {name: fake.from_tensor(value) for name, value in batch.inputs.items()},
             )
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         return None
     finally:
         for hook in hooks:
@@ -69,12 +69,11 @@ def probe(model: nn.Module, batch: Batch) -> ModelFacts | None:
             f"the model returned logits of shape {list(shape)} for tokens "
             f"{list(batch.tokens.shape)}; they must be [B, T, V]"
         )
-    head = called[-1] if called and _matrix_rows(called[-1]) >= shape[-1] else None
+    heads = [module for module, count in columns.items() if count == shape[-1]]
     flops = 3.0 * counter.get_total_flops() / batch.tokens.numel()  # backward costs two forwards
-    return ModelFacts(int(shape[-1]), flops, head)
+    return ModelFacts(int(shape[-1]), flops, heads[-1] if heads else None)
 
 
-def _matrix_rows(module: nn.Module) -> int:
-    """Return the rows of a module's own `weight` matrix, 0 if it has none."""
+def _has_matrix(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return weight.shape[0] if weight is not None and weight.dim() == 2 else 0
+    return weight is not None and weight.dim() == 2

@@ -17,6 +17,7 @@ from truestep.observe.sinks import ConsoleSink, Sink
 from truestep.training.compose import build_optimizer, build_schedule
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
+from truestep.training.guard import BufferGuard
 from truestep.training.optim import clip_gradients, skips_on_device
 from truestep.training.probe import ModelFacts, logits_of, probe
 from truestep.training.schedule import Schedule, resolve_decay_steps
@@ -49,6 +50,10 @@ class _Launched(NamedTuple):
     skipped: Tensor
     num_tokens: Tensor
     learning_rate: float
+
+
+def _is_non_finite(metrics: StepMetrics) -> bool:
+    return metrics.skipped and metrics.num_tokens > 0
 
 
 class Trainer:
@@ -88,6 +93,7 @@ class Trainer:
         self.facts: ModelFacts | None = None  # what `prepare` learns from the first batch
         self._forward_loss: Callable[..., Tensor] | None = None
         self._halted: Tensor | None = None
+        self._buffers = BufferGuard(model)
         self._stopping = False
         self._steps_taken = 0
         self._clock = 0.0  # when the time that the next record reports began
@@ -119,7 +125,8 @@ class Trainer:
         batch = self._checked(Batch.of(batch))
         num_tokens = batch.num_targets.to(self.device)  # of the whole global batch
         loss = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad()
+        buffers = self._buffers.copy()
+        self._clear_gradients()
         with self._step_state():
             for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
                 # Seeded by global position: dropout is a function of the step, with no state.
@@ -129,7 +136,8 @@ class Trainer:
             skipped = self._must_skip(loss.isfinite() & grad_norm.isfinite(), num_tokens)
             learning_rate = self._set_learning_rates()
             self._update(skipped)
-        self.optimizer.zero_grad()
+        self._buffers.restore(buffers, skipped)
+        self._clear_gradients()
         self.step += 1
         self._steps_taken += 1
         return _Launched(self.step, loss, grad_norm, skipped, num_tokens, learning_rate)
@@ -158,13 +166,18 @@ class Trainer:
                         self._finish(in_flight.pop(0), end)
                     if self.step >= end or self._stopping:
                         break
+            while in_flight:
+                self._finish(in_flight.pop(0), end)
         except NonFiniteError:
             in_flight.clear()  # launched after it, and halted: these updated nothing
             raise
         finally:
             self._halted, self._stopping = None, False
             for launched in in_flight:  # an exception came between: what was done is still logged
-                self._report(launched)
+                metrics = self._report(launched)
+                if _is_non_finite(metrics):
+                    self._rewind(metrics.step - 1)
+                    break
 
     def stop(self, reason: str) -> None:
         """End `fit` after the current step; `stop_reason` keeps the reason."""
@@ -172,7 +185,8 @@ class Trainer:
 
     def evaluate(self, batches: Iterable[Any], *, token_bytes: Tensor | None = None) -> Evaluation:
         """Return the loss over all batches in this trainer's precision; training is untouched."""
-        return evaluate(self.model, batches, token_bytes=token_bytes, precision=self.precision)
+        checked = (self._checked(Batch.of(batch)) for batch in batches)
+        return evaluate(self.model, checked, token_bytes=token_bytes, precision=self.precision)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record to every sink."""
@@ -230,6 +244,11 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def _clear_gradients(self) -> None:
+        """Drop every gradient, also of parameters that the optimizer does not have."""
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
+
     def _clip_gradients(self) -> Tensor:
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -255,6 +274,7 @@ class Trainer:
             # The fused kernel reads the flag on the device; the host need not wait for it.
             self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
             self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         elif not skipped:
             self.optimizer.step()
 
@@ -275,14 +295,19 @@ class Trainer:
         self._clock = time.perf_counter()
         return metrics
 
+    def _rewind(self, step: int) -> None:
+        """Go back to the last step that updated: those launched after it changed nothing."""
+        self._steps_taken -= self.step - step
+        self.step = step
+
     def _due(self, step: int, end: int) -> bool:
         return any(step % c.interval == 0 or step == end for c in self.companions)
 
     def _finish(self, launched: _Launched, end: int) -> None:
         """Log a step of `fit`, stop at a number that is not finite, and call its companions."""
         metrics = self._report(launched)
-        if metrics.skipped and metrics.num_tokens:
-            self.step = metrics.step - 1
+        if _is_non_finite(metrics):
+            self._rewind(metrics.step - 1)
             raise NonFiniteError(
                 f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; "
                 "nothing was updated. Lower learning_rate or check this step's data"

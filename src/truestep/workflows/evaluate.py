@@ -7,27 +7,31 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from truestep.data.corpus import find_documents
+from truestep.data.corpus import Say
 from truestep.data.loader import Tokens, evaluation_batches
+from truestep.data.prepare import readable_documents
 from truestep.data.tokenizer import Tokenizer
+from truestep.data.tokens import dtype_of
 from truestep.training.evaluate import Evaluation, evaluate
-from truestep.workflows.run import Say, load_trained, open_data
+from truestep.workflows.run import load_trained, open_data
 
 
 class _Text:
     """Tokens in memory: every document of a source, each with its end."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, say: Say) -> None:
-        end = np.array([tokenizer.end_of_document])
-        documents = find_documents(source, say)
-        pieces = [[tokenizer.encode(document.read()), end] for document in documents]
-        self._tokens = np.concatenate([ids for pair in pieces for ids in pair])
+        dtype, end = dtype_of(tokenizer.vocab_size), [tokenizer.end_of_document]
+        pieces = [
+            np.concatenate([tokenizer.encode(document.read()), end]).astype(dtype)
+            for document in readable_documents(source, say)
+        ]
+        self._tokens = np.concatenate(pieces)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def read(self, start: int, stop: int) -> Int64[np.ndarray, "N"]:
-        return self._tokens[start:stop]
+        return self._tokens[start:stop].astype(np.int64)
 
 
 def evaluate_run(directory: Path, source: str | None, device: str, say: Say) -> Evaluation:
@@ -39,7 +43,10 @@ def evaluate_run(directory: Path, source: str | None, device: str, say: Say) -> 
     tokenizer = trained.tokenizer
     data: Tokens
     if source is None:
-        data, name = open_data(trained.config, say).validation, "its validation text"
+        data, name = (
+            open_data(trained.config, directory.parent, say).validation,
+            "its validation text",
+        )
     else:
         data, name = _Text(source, tokenizer, say), source
     result = evaluate(

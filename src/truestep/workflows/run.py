@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
 from truestep.checkpoint.state import load_model
 from truestep.config import RunConfig, RunSettings
+from truestep.data.corpus import Say
 from truestep.data.prepare import prepare_once
 from truestep.data.tokenizer import Tokenizer, load_tokenizer
 from truestep.data.tokens import PreparedData, open_prepared
@@ -29,19 +29,22 @@ CONFIG, MANIFEST, METRICS, SAMPLES = (
     "samples.jsonl",
 )
 CHECKPOINTS = "checkpoints"
-Say = Callable[[str], object]
 
 
 class RunError(ValueError):
     """A run that cannot be made, found or continued: one line with the remedy."""
 
 
-def new_run_directory(settings: RunSettings, source: str) -> Path:
-    """Return the directory of a new run, which does not exist yet.
+def check_new_run(settings: RunSettings) -> None:
+    """Refuse a name or a place that a new run cannot have, before any work is done.
 
     Errors: RunError for a name that leaves its folder or is taken, or a folder not writable.
     """
     root = Path(settings.directory)
+    if settings.name != "auto":
+        _check_name(settings.name)
+        if (root / settings.name).exists():
+            raise _taken(root / settings.name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -51,19 +54,31 @@ def new_run_directory(settings: RunSettings, source: str) -> Path:
             f"run.directory={root} cannot be written: {error.strerror}; "
             "choose another with --run.directory"
         ) from None
-    if settings.name != "auto":
-        _check_name(settings.name)
-        if (root / settings.name).exists():
-            raise RunError(
-                f"run.name={settings.name}: {root / settings.name} exists already; "
-                f"go on with it by --resume {root / settings.name}, or choose another name"
-            )
-        return root / settings.name
+
+
+def claim_directory(settings: RunSettings, source: str) -> Path:
+    """Make the directory of a new run and return it; two processes never get the same."""
+    root = Path(settings.directory)
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(source).stem).strip("-")
     number = 1
-    while (root / f"{stem or 'run'}-{number}").exists():
-        number += 1
-    return root / f"{stem or 'run'}-{number}"
+    while True:
+        named = settings.name != "auto"
+        directory = root / (settings.name if named else f"{stem or 'run'}-{number}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            if named:
+                raise _taken(directory) from None
+            number += 1
+        else:
+            return directory
+
+
+def _taken(directory: Path) -> RunError:
+    return RunError(
+        f"run.name={directory.name}: {directory} exists already; "
+        f"go on with it by --resume {directory}, or choose another name"
+    )
 
 
 def _check_name(name: str) -> None:
@@ -101,11 +116,19 @@ def find_run(path: str, settings: RunSettings) -> Path:
 
 def write_run_files(directory: Path, config: RunConfig, facts: dict[str, Any]) -> None:
     """Write a run's resolved settings and the facts about it, each whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
     manifest = json.dumps(facts, indent=1, ensure_ascii=True)
     replace_file(LOCAL, directory / MANIFEST, manifest.encode())
     settings = tomli_w.dumps(config.model_dump(mode="json"))
     replace_file(LOCAL, directory / CONFIG, settings.encode())
+
+
+def read_run_facts(directory: Path) -> dict[str, Any]:
+    """Return what a run's `manifest.json` says, nothing if it has none."""
+    try:
+        facts = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def read_run_config(directory: Path) -> RunConfig:
@@ -114,15 +137,15 @@ def read_run_config(directory: Path) -> RunConfig:
     return validate(RunConfig, {str(path): read_settings_file(path)})
 
 
-def open_data(config: RunConfig, say: Say) -> PreparedData:
-    """Return the run's data, prepared once below its directory of runs.
+def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
+    """Return a run's data, prepared once below the directory of runs.
 
     Errors: CorpusError or StorageError for a source that does not serve.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     directory = prepare_once(
         config.data.source,
-        Path(config.run.directory) / ".data",
+        runs / ".data",
         tokenizer=tokenizer,
         validation=config.data.validation,
         say=say,

@@ -4,7 +4,7 @@ import contextlib
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,25 +18,27 @@ from truestep.batch import Batch
 from truestep.checkpoint.commit import RunLock, newest_checkpoint
 from truestep.checkpoint.state import load_checkpoint, save_checkpoint
 from truestep.config import RunConfig
+from truestep.data.corpus import Say
 from truestep.data.loader import Prefetch, WindowLoader, evaluation_batches
 from truestep.data.tokens import PreparedData
-from truestep.metrics import StepMetrics, measure_peak_flops
+from truestep.metrics import StepMetrics
 from truestep.model.gpt import GPT
 from truestep.observe.display import Display, open_display
 from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import JsonlSink
 from truestep.settings import difference
-from truestep.training.trainer import Companion, Trainer, every
+from truestep.training.trainer import NonFiniteError, Trainer, every
 from truestep.workflows.run import (
     CHECKPOINTS,
     METRICS,
     SAMPLES,
     RunError,
-    Say,
-    new_run_directory,
+    check_new_run,
+    claim_directory,
     open_data,
     read_run_config,
+    read_run_facts,
     write_run_files,
     write_text,
 )
@@ -57,7 +59,8 @@ def train(config: RunConfig, say: Say) -> Outcome:
     Nothing is written into its directory before data, model and first batch have proved good.
     Errors: ValueError or OSError of one line; NonFiniteError after the run was saved.
     """
-    return _train(config, new_run_directory(config.run, config.data.source), say)
+    check_new_run(config.run)
+    return _train(config, None, say)
 
 
 def resume(
@@ -78,10 +81,11 @@ def resume(
     return _train(config, directory, say)
 
 
-def _train(config: RunConfig, directory: Path, say: Say) -> Outcome:
+def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
+    """Train in an existing run's directory, or in a new one."""
     threads = runtime.configure_process(config.run.threads)
     device = runtime.resolve_device(config.run.device)
-    data = open_data(config, say)
+    data = open_data(config, existing.parent if existing else Path(config.run.directory), say)
     loader = WindowLoader(
         data.train,
         context_length=config.model.context_length,
@@ -91,41 +95,57 @@ def _train(config: RunConfig, directory: Path, say: Say) -> Outcome:
     trainer = Trainer(_build_model(config, data), config.training, device=device, sinks=())
     first = loader.batch_at(0)
     trainer.prepare(first)
-    run = {"name": directory.name, "directory": str(directory.parent), "threads": threads}
-    config = _resolved(config, trainer, first, run)
+    directory = existing or claim_directory(config.run, config.data.source)
+    config = _resolved(config, trainer, first, {"name": directory.name, "threads": threads})
     facts = _facts(config, trainer, data)
-    directory.mkdir(parents=True, exist_ok=True)
     with RunLock(directory), contextlib.ExitStack() as stack:
-        checkpoint = newest_checkpoint(directory / CHECKPOINTS, say)
-        if checkpoint is None and any((directory / CHECKPOINTS).glob(".bad-*")):
-            raise RunError(
-                f"{directory} has no intact checkpoint left to go on from; start a new run, or "
-                f"remove {directory / CHECKPOINTS} to train this one again from its first step"
-            )
-        if checkpoint is not None:
-            _check_same(load_checkpoint(checkpoint, trainer), facts, say)
-            say(f"going on from {checkpoint}")
+        if existing is not None:
+            facts["started"] = read_run_facts(directory).get("started", facts["started"])
+            _go_on(trainer, directory, facts, say)
         write_run_files(directory, config, facts)
         display = _open_display(trainer, config)
         stack.callback(display.close)
-        trainer.sinks = [JsonlSink(directory / METRICS, from_step=trainer.step), display]
+        log = JsonlSink(directory / METRICS, from_step=trainer.step)
         samples = JsonlSink(directory / SAMPLES, from_step=trainer.step)
-        stack.callback(trainer.sinks[0].close)
+        stack.callback(log.close)
         stack.callback(samples.close)
-        trainer.companions = _companions(
-            config, directory=directory, data=data, display=display, samples=samples, facts=facts
-        )
+        trainer.sinks = [log, display]
+
+        def save() -> None:
+            log.sync()  # a checkpoint never knows more than the log
+            keep = config.run.keep_checkpoints
+            save_checkpoint(trainer, directory / CHECKPOINTS, facts=facts, keep=keep)
+
+        trainer.companions = [
+            every(config.run.save_every, lambda *_: save()),
+            every(config.run.evaluate_every, _validation(config, data, display, samples)),
+        ]
         batches = stack.enter_context(Prefetch(loader, pin_memory=device.type == "cuda"))
         try:
             with _stopped_by_signals(trainer):
                 trainer.fit(batches)
-        finally:  # also after a loss that is not finite: the state is that of the last good step
-            if trainer.step:
-                _save(trainer, directory, config, facts)
+        except NonFiniteError:
+            save()  # nothing was updated: the state is that of the last good step
+            raise
+        save()
     if trainer.step:
         draw_plots(directory)
         write_report(directory)
     return Outcome(directory, trainer.step, trainer.stop_reason)
+
+
+def _go_on(trainer: Trainer, directory: Path, facts: dict[str, Any], say: Say) -> None:
+    """Load the newest good checkpoint; a run that was stopped before its first begins anew."""
+    checkpoints = directory / CHECKPOINTS
+    newest = newest_checkpoint(checkpoints, say)
+    if newest is not None:
+        _check_same(load_checkpoint(newest, trainer), facts, say)
+        say(f"going on from {newest}")
+    elif any(checkpoints.glob(".bad-*")):
+        raise RunError(
+            f"{directory} has no intact checkpoint left to go on from; start a new run, or "
+            f"remove {checkpoints} to train this one again from its first step"
+        )
 
 
 def _build_model(config: RunConfig, data: PreparedData) -> GPT:
@@ -170,6 +190,8 @@ def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {runtime.processor_name()}",
+        "device": str(trainer.device),
+        "precision": trainer.precision,
         "data_source": config.data.source,
         "data_fingerprint": data.fingerprint,
         "train_tokens": len(data.train),
@@ -199,21 +221,16 @@ def _open_display(trainer: Trainer, config: RunConfig) -> Display:
         config.training.num_steps,
         every=config.run.log_every,
         flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
-        peak_flops_per_second=measure_peak_flops(trainer.device, dtype),
+        peak_flops_per_second=runtime.measure_peak_flops(trainer.device, dtype),
     )
 
 
-def _companions(
-    config: RunConfig,
-    *,
-    directory: Path,
-    data: PreparedData,
-    display: Display,
-    samples: JsonlSink,
-    facts: dict[str, Any],
-) -> list[Companion]:
-    """Return what happens on the way: validation with a sample, and checkpoints."""
+def _validation(
+    config: RunConfig, data: PreparedData, display: Display, samples: JsonlSink
+) -> Callable[[Trainer, StepMetrics], None]:
+    """Return the companion that validates and lets the model write."""
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
+    prompt = config.run.sample_prompt
 
     def validate(trainer: Trainer, metrics: StepMetrics) -> None:
         if trainer.stop_reason is not None:  # whoever stopped the run does not want to wait
@@ -232,21 +249,14 @@ def _companions(
         text = write_text(
             trainer.model,
             data.tokenizer,
-            config.run.sample_prompt,
+            prompt,
             max_new_tokens=config.run.sample_tokens,
             seed=config.training.seed,
         )
-        samples.write({"step": metrics.step, "prompt": config.run.sample_prompt, "text": text})
-        display.sample(metrics.step, config.run.sample_prompt, text)
+        samples.write({"step": metrics.step, "prompt": prompt, "text": text})
+        display.sample(metrics.step, prompt, text)
 
-    def save(trainer: Trainer, _: StepMetrics) -> None:
-        _save(trainer, directory, config, facts)
-
-    return [every(config.run.evaluate_every, validate), every(config.run.save_every, save)]
-
-
-def _save(trainer: Trainer, directory: Path, config: RunConfig, facts: dict[str, Any]) -> None:
-    save_checkpoint(trainer, directory / CHECKPOINTS, facts=facts, keep=config.run.keep_checkpoints)
+    return validate
 
 
 @contextlib.contextmanager
