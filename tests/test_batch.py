@@ -19,6 +19,7 @@ WINDOWS = torch.arange(10).reshape(2, 5)
         WINDOWS.numpy().astype(np.uint16),
         (WINDOWS[:, :-1], WINDOWS[:, 1:]),
         [WINDOWS[:, :-1], WINDOWS[:, 1:]],
+        [WINDOWS],
         Batch(WINDOWS[:, :-1], WINDOWS[:, 1:]),
     ],
 )

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,38 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(capsys):
     assert len(log_of("runs/text-1")) > 12
 
 
+def test_evaluation_refuses_text_that_is_no_longer_the_runs_own(capsys):
+    assert train() == 0
+    Path("text.txt").write_text("another text altogether\n" * 300)
+    assert main(["evaluate"]) == 2
+    assert "is not the text this run began with" in capsys.readouterr().err
+    assert main(["prepare", "text.txt", "--out", "prepared"]) == 0
+    assert main(["evaluate", "--data", "prepared"]) == 0
+
+
+def test_a_reader_who_leaves_does_not_end_the_run():
+    command = f"{sys.executable} -m truestep train tiny.toml --data text.txt | head -n 1"
+    subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert Path("runs/text-1/checkpoints/step-12").is_dir()
+
+
+def test_a_run_without_an_output_trains():
+    command = f"{sys.executable} -m truestep train tiny.toml --data text.txt >&-"
+    assert subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7])
+def test_a_signal_at_start_up_ends_it_without_a_traceback_or_a_run(seconds):
+    command = [sys.executable, "-m", "truestep", "train", "tiny.toml", "--data", "text.txt"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        error = process.stderr.read()
+    assert process.returncode in {-signal.SIGTERM, 128 + signal.SIGTERM}
+    assert b"Traceback" not in error
+    assert not [p for p in Path().glob("runs/*") if not p.name.startswith(".")]
+
+
 def test_two_new_runs_never_share_a_directory():
     from truestep.config import RunSettings
     from truestep.workflows.run import claim_directory
@@ -241,6 +274,9 @@ def test_a_prepared_directory_trains_like_the_text_itself():
         (["--training.lerning-rate", "1"], 2, ["--training.learning-rate"]),
         (["--model.vocab-size", "100"], 2, ["model.vocab_size=100", "auto"]),
         (["--run.name", "../escape"], 2, ["run.name", "plain name"]),
+        (["--run.name", ""], 2, ["run.name", "plain name"]),
+        (["--run.threads", "100000"], 2, ["run.threads=100000", "1024"]),
+        (["--override", "training.seed"], 2, ["--override", "--resume"]),
         (["--run.name", ".."], 2, ["run.name", "plain name"]),
         (["--run.name", "a/b"], 2, ["run.name", "plain name"]),
         (["--run.name", "a\x1b[31m"], 2, ["run.name", "plain name"]),

@@ -269,6 +269,52 @@ def test_a_model_without_trainable_parameters_is_refused(bigram):
     assert len(Trainer(model, sinks=[]).optimizer.param_groups[0]["params"]) == 1
 
 
+def test_wrong_arguments_are_refused_by_name(bigram, windows):
+    model = bigram()
+    for arguments, error, words in [
+        ((lambda x: x,), TypeError, "torch.nn.Module"),
+        ((model, {"learning_rate": 1}), TypeError, "TrainingConfig"),
+    ]:
+        with pytest.raises(error, match=words):
+            Trainer(*arguments)
+    for keywords, error, words in [
+        ({"optimizer": "adamw"}, TypeError, "torch.optim.Optimizer"),
+        ({"optimizer": torch.optim.SGD(bigram().parameters())}, ValueError, "none of the model"),
+        ({"optimizer": torch.optim.LBFGS(model.parameters())}, TypeError, "closure"),
+        ({"companions": [print]}, TypeError, r"every\(100, function\)"),
+    ]:
+        with pytest.raises(error, match=words):
+            Trainer(model, **keywords)
+    trainer = Trainer(model, sinks=[])
+    for num_steps in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"num_steps={num_steps}"):
+            trainer.fit([windows()], num_steps=num_steps)
+
+
+@pytest.mark.parametrize("factor", [math.nan, 2.0, -0.1, None])
+def test_a_schedule_outside_its_range_changes_nothing(bigram, windows, factor):
+    trainer = Trainer(bigram(), schedule=lambda _: factor, sinks=[])
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(ValueError, match=r"schedule\(0\) returned"):
+        trainer.training_step(windows())
+    after = trainer.model.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_only_whole_updates_look_whole(bigram, windows):
+    trainer = Trainer(bigram(), TrainingConfig(optimizer="muon"), sinks=[])
+    trainer.training_step(windows())
+    assert not trainer.mid_update
+
+    def fail(*_):
+        raise MemoryError("half an update was made")
+
+    trainer.optimizer._muon.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        trainer.training_step(windows())
+    assert trainer.mid_update
+
+
 def test_a_missing_device_is_refused_with_the_remedy(bigram):
     with pytest.raises(ValueError, match=r"device=cuud.*use cpu or auto"):
         Trainer(bigram(), device="cuud")

@@ -61,6 +61,8 @@ class Batch:
             return batch
         if isinstance(batch, Mapping):
             return cls._of_mapping(batch)
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:  # a TensorDataset's
+            return cls.of(batch[0])
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return cls(*batch)
         if isinstance(batch, (Tensor, np.ndarray)):

@@ -195,7 +195,7 @@ class RunSettings(Config):
     device: str = trajectory("auto")
     """cpu, cuda, cuda:N or mps; auto: an accelerator if there is one."""
 
-    threads: PositiveInt | Literal["auto"] = trajectory("auto")
+    threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = trajectory("auto")
     """CPU threads; auto: one a core. Kept on resume: it changes the order of sums."""
 
     log_every: int = cosmetic(10, gt=0)

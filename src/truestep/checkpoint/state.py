@@ -65,7 +65,7 @@ class _ModelState(NamedTuple):
 
 def save_checkpoint(
     trainer: Resumable,
-    directory: Path,
+    directory: str | Path,
     *,
     facts: Mapping[str, Any] = {},
     keep: int = 2,
@@ -92,10 +92,11 @@ def save_checkpoint(
         MODEL_FILE: safetensors_chunks(model.tensors),
         OPTIMIZER_FILE: safetensors_chunks(tensors),
     }
+    directory = Path(directory)
     return commit_checkpoint(directory, trainer.step, files, manifest, keep=keep, storage=storage)
 
 
-def load_checkpoint(path: Path, trainer: Resumable) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, trainer: Resumable) -> dict[str, Any]:
     """Bring a trainer to the state in a `step-N` directory and return the facts saved with it.
 
     Everything is verified first: after an error nothing has changed. Parameters and buffers are
@@ -105,6 +106,7 @@ def load_checkpoint(path: Path, trainer: Resumable) -> dict[str, Any]:
     Errors: DamagedCheckpointError for a file that is not what it was; CheckpointError naming the
     tensor, what was expected and what was found, if the checkpoint is of another model.
     """
+    path = Path(path)
     content, files = _read_content(path)
     with damage_named():
         tensors = read_safetensors(path / MODEL_FILE, files[MODEL_FILE])

@@ -53,6 +53,9 @@ def train(
         if name not in known:
             text = f"--override {name} names no setting{nearest(name, known)}"
             raise ConfigError([Problem((), text)])
+    if override and resume is None:
+        text = "--override allows a change when a run goes on; give --resume, too"
+        raise ConfigError([Problem((), text)])
     chosen = resolve(explicit, os.environ, config)
 
     from truestep.workflows.run import RunError, find_run, read_run_config
@@ -87,7 +90,7 @@ def _conclude(directory: Path, step: int, stopped_by: str | None) -> int:
     say(f"plot        {directory}/plots/loss.png")
     say(f"report      {directory}/report.html")
     say("Try next:")
-    say(f"  {command} sample {run} --prompt 'def '")
+    say(f"  {command} sample {run} --tokens 500")
     say(f"  {command} evaluate {run}")
     say(f"  {command} train --data your.txt")
     return 0

@@ -48,9 +48,15 @@ def is_notable(record: Mapping[str, Any]) -> bool:
 
 
 def print_line(stream: TextIO, text: str) -> None:
-    """Write a line that any encoding can take, at once."""
-    stream.write(f"{encodable(text, stream.encoding)}\n")
-    stream.flush()
+    """Write a line that any encoding can take, at once.
+
+    When whoever read the stream has left, what follows goes nowhere: a run outlives its reader.
+    """
+    try:
+        stream.write(f"{encodable(text, stream.encoding)}\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class ConsoleSink:

@@ -52,6 +52,36 @@ class _Launched(NamedTuple):
     learning_rate: float
 
 
+def _check_arguments(
+    model: object, config: object, optimizer: object, companions: list[Companion]
+) -> None:
+    """Refuse, in one line each, what a trainer cannot work with."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; give TrainingConfig(learning_rate=…, …)"
+        )
+    if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, "
+                'or name one by TrainingConfig(optimizer="muon")'
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer LBFGS needs a closure, which a training step has not")
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "the optimizer has none of the model's parameters; build it from this model's"
+            )
+    for companion in companions:
+        if not isinstance(companion, Companion):
+            raise TypeError(
+                f"companion {companion!r} has no interval; wrap the function: every(100, function)"
+            )
+
+
 def _is_non_finite(metrics: StepMetrics) -> bool:
     return metrics.skipped and metrics.num_tokens > 0
 
@@ -77,15 +107,17 @@ class Trainer:
         companions: Iterable[Companion] = (),
         sinks: Iterable[Sink] | None = None,
     ) -> None:
-        runtime.keep_freed_memory()
         config = config or TrainingConfig()
+        companions = list(companions)
+        _check_arguments(model, config, optimizer, companions)
+        runtime.keep_freed_memory()
         self.device = runtime.resolve_device(str(device))
         self.model = model.to(self.device)
         self.precision = runtime.resolve_precision(config.precision, model, self.device)
         self.config = self._without_auto(config)
         self.optimizer = optimizer or build_optimizer(model, config)
         self.schedule = schedule or build_schedule(config)
-        self.companions = list(companions)
+        self.companions = companions
         self.sinks: list[Sink] = [ConsoleSink()] if sinks is None else list(sinks)
         self.runs_ahead = self.device.type != "cpu"  # `fit` reads a step while the next one runs
         self.step = 0
@@ -94,6 +126,7 @@ class Trainer:
         self._forward_loss: Callable[..., Tensor] | None = None
         self._halted: Tensor | None = None
         self._buffers = BufferGuard(model)
+        self.mid_update = False  # an exception left the state between two steps
         self._stopping = False
         self._steps_taken = 0
         self._clock = 0.0  # when the time that the next record reports began
@@ -125,6 +158,7 @@ class Trainer:
         batch = self._checked(Batch.of(batch))
         num_tokens = batch.num_targets.to(self.device)  # of the whole global batch
         loss = torch.zeros((), device=self.device)
+        self.mid_update = True
         buffers = self._buffers.copy()
         self._clear_gradients()
         with self._step_state():
@@ -140,6 +174,7 @@ class Trainer:
         self._clear_gradients()
         self.step += 1
         self._steps_taken += 1
+        self.mid_update = False
         return _Launched(self.step, loss, grad_norm, skipped, num_tokens, learning_rate)
 
     def fit(self, data: StepData | Iterable[Any], num_steps: int | None = None) -> None:
@@ -151,6 +186,8 @@ class Trainer:
         updates that were made.
         """
         end = self.config.num_steps if num_steps is None else num_steps
+        if not isinstance(end, int) or end < 1:
+            raise ValueError(f"num_steps={end} must be a whole number of updates, 1 or more")
         resumed = self.step != self._steps_taken
         if not self._stopping:  # a signal may come before the first step
             self.stop_reason = None
@@ -265,6 +302,11 @@ class Trainer:
     def _set_learning_rates(self) -> float:
         """Set each group's rate for this step; return the first group's."""
         factor = self.schedule(self.step)
+        if not isinstance(factor, (int, float)) or not 0 <= factor <= 1:
+            raise ValueError(
+                f"schedule({self.step}) returned {factor!r}; it must be a factor in [0, 1] of the "
+                "peak learning rate"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"])

@@ -11,9 +11,9 @@ from truestep.data.corpus import Say
 from truestep.data.loader import Tokens, evaluation_batches
 from truestep.data.prepare import readable_documents
 from truestep.data.tokenizer import Tokenizer
-from truestep.data.tokens import dtype_of
+from truestep.data.tokens import dtype_of, is_prepared, open_prepared
 from truestep.training.evaluate import Evaluation, evaluate
-from truestep.workflows.run import load_trained, open_data
+from truestep.workflows.run import load_trained, open_data, require_same_text
 
 
 class _Text:
@@ -43,9 +43,13 @@ def evaluate_run(directory: Path, source: str | None, device: str, say: Say) -> 
     tokenizer = trained.tokenizer
     data: Tokens
     if source is None:
+        prepared = open_data(trained.config, directory.parent, say)
+        require_same_text(trained.facts, prepared.fingerprint, trained.config.data.source)
+        data, name = prepared.validation, "its validation text"
+    elif is_prepared(source):
         data, name = (
-            open_data(trained.config, directory.parent, say).validation,
-            "its validation text",
+            open_prepared(Path(source), tokenizer).validation,
+            f"the validation of {source}",
         )
     else:
         data, name = _Text(source, tokenizer, say), source

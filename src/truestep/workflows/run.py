@@ -82,8 +82,8 @@ def _taken(directory: Path) -> RunError:
 
 
 def _check_name(name: str) -> None:
-    plain = name.isprintable() and Path(name).name == name and not name.startswith(".")
-    if not plain or len(name) > 100 or "\\" in name:
+    plain = name.isprintable() and Path(name).name == name and "\\" not in name
+    if not plain or not 0 < len(name) <= 100 or name.startswith("."):
         raise RunError(
             f"run.name={name!r} is not a plain name; use letters, digits, - and _ "
             "(--run.directory says where runs lie)"
@@ -153,6 +153,19 @@ def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
     return open_prepared(directory, tokenizer)
 
 
+def require_same_text(saved: dict[str, Any], fingerprint: str, source: str) -> None:
+    """Refuse other text than a run began with.
+
+    Errors: RunError naming the source and both fingerprints.
+    """
+    if saved["data_fingerprint"] != fingerprint:
+        raise RunError(
+            f"data.source={source} is not the text this run began with (fingerprint "
+            f"{saved['data_fingerprint'][:12]}, now {fingerprint[:12]}); restore it, or "
+            "start a new run"
+        )
+
+
 @dataclass(frozen=True)
 class TrainedModel:
     """A model with the weights of a run's newest good checkpoint."""
@@ -162,6 +175,7 @@ class TrainedModel:
     model: GPT
     tokenizer: Tokenizer
     step: int
+    facts: dict[str, Any]  # saved with the checkpoint
 
 
 def load_trained(directory: Path, say: Say, device: str = "auto") -> TrainedModel:
@@ -173,11 +187,12 @@ def load_trained(directory: Path, say: Say, device: str = "auto") -> TrainedMode
     model = GPT(config.model).to(resolve_device(device))
     for step, path in reversed(list_checkpoints(directory / CHECKPOINTS)):
         try:
-            load_model(path, model)
+            facts = load_model(path, model)
         except DamagedCheckpointError as error:
             say(f"{error}; trying the checkpoint before it")
             continue
-        return TrainedModel(directory, config, model, load_tokenizer(config.data.tokenizer), step)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        return TrainedModel(directory, config, model, tokenizer, step, facts)
     raise RunError(
         f"{directory} has no good checkpoint yet; go on with: truestep train --resume {directory}"
     )
@@ -198,6 +213,8 @@ def write_text(
     In float32: under bfloat16 each token would cast all weights anew, which takes twice as long.
     """
     device = next(model.parameters()).device
+    if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode():
+        raise RunError("the prompt is not UTF-8 text; check the terminal's encoding")
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.end_of_document]
     written = generate(
         model,

@@ -28,7 +28,7 @@ from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import JsonlSink
 from truestep.settings import difference
-from truestep.training.trainer import NonFiniteError, Trainer, every
+from truestep.training.trainer import Trainer, every
 from truestep.workflows.run import (
     CHECKPOINTS,
     METRICS,
@@ -39,6 +39,7 @@ from truestep.workflows.run import (
     open_data,
     read_run_config,
     read_run_facts,
+    require_same_text,
     write_run_files,
     write_text,
 )
@@ -95,10 +96,11 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
     trainer = Trainer(_build_model(config, data), config.training, device=device, sinks=())
     first = loader.batch_at(0)
     trainer.prepare(first)
-    directory = existing or claim_directory(config.run, config.data.source)
-    config = _resolved(config, trainer, first, {"name": directory.name, "threads": threads})
-    facts = _facts(config, trainer, data)
-    with RunLock(directory), contextlib.ExitStack() as stack:
+    with _stopped_by_signals(trainer), contextlib.ExitStack() as stack:
+        directory = existing or claim_directory(config.run, config.data.source)
+        config = _resolved(config, trainer, first, {"name": directory.name, "threads": threads})
+        facts = _facts(config, trainer, data)
+        stack.enter_context(RunLock(directory))
         if existing is not None:
             facts["started"] = read_run_facts(directory).get("started", facts["started"])
             _go_on(trainer, directory, facts, say)
@@ -122,10 +124,11 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
         ]
         batches = stack.enter_context(Prefetch(loader, pin_memory=device.type == "cuda"))
         try:
-            with _stopped_by_signals(trainer):
-                trainer.fit(batches)
-        except NonFiniteError:
-            save()  # nothing was updated: the state is that of the last good step
+            trainer.fit(batches)
+        except Exception:
+            if trainer.step and not trainer.mid_update:
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    save()
             raise
         save()
     if trainer.step:
@@ -139,8 +142,15 @@ def _go_on(trainer: Trainer, directory: Path, facts: dict[str, Any], say: Say) -
     checkpoints = directory / CHECKPOINTS
     newest = newest_checkpoint(checkpoints, say)
     if newest is not None:
-        _check_same(load_checkpoint(newest, trainer), facts, say)
+        saved = load_checkpoint(newest, trainer)
+        require_same_text(saved, facts["data_fingerprint"], facts["data_source"])
+        _say_what_changed(saved, facts, say)
         say(f"going on from {newest}")
+        if trainer.step >= trainer.config.num_steps:
+            say(
+                f"there is nothing left to train: it is at step {trainer.step} of "
+                f"{trainer.config.num_steps}; raise training.num_steps"
+            )
     elif any(checkpoints.glob(".bad-*")):
         raise RunError(
             f"{directory} has no intact checkpoint left to go on from; start a new run, or "
@@ -202,14 +212,8 @@ def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str,
     }
 
 
-def _check_same(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
-    """Refuse other data than the run began with, and say where bits are not promised."""
-    if saved["data_fingerprint"] != now["data_fingerprint"]:
-        raise RunError(
-            f"data.source={now['data_source']} is not the text this run began with (fingerprint "
-            f"{saved['data_fingerprint'][:12]}, now {now['data_fingerprint'][:12]}); "
-            "restore it, or start a new run"
-        )
+def _say_what_changed(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
+    """Say where the same bits are not promised any more."""
     for name in ("torch", "machine"):
         if saved[name] != now[name]:
             say(f"{name} was {saved[name]} and is {now[name]}: the same bits are not promised")
@@ -261,8 +265,8 @@ def _validation(
 
 @contextlib.contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end `fit` after the current step; a second one leaves at once."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Let SIGINT, SIGTERM and SIGHUP end `fit` after its step; a second one leaves at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(number: int, _: object) -> None:
         trainer.stop(signal.Signals(number).name)

@@ -1,0 +1,65 @@
+"""The commands, and how they end: exit codes and errors of one line."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+import truestep
+
+_COMMANDS = {
+    "train": "Train a model on text, or go on with a run.",
+    "prepare": "Turn text into a directory of token shards.",
+    "sample": "Let a trained model write.",
+    "evaluate": "Measure a trained model's loss and bits per byte.",
+    "report": "Draw a run's plots and write its report page.",
+}
+USAGE, RUNTIME = 2, 1
+
+
+def build_app() -> App:
+    """Return the command line; the commands themselves are imported when called."""
+    app = App(
+        name="truestep",
+        help="Train next-token-prediction language models, with a training step you can trust.",
+        version=truestep.__version__,
+        result_action="return_value",
+    )
+    for name, text in _COMMANDS.items():
+        app.command(f"truestep.cli.{name}:{name}", name=name, help=text)
+    return app
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    app = build_app()
+    try:
+        result = app(
+            arguments,
+            exit_on_error=False,
+            print_error=False,
+        )
+    except CycloptsError as error:
+        from truestep.cli.options import explain_usage
+
+        return _fail(explain_usage(error), USAGE)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RUNTIME
+    except (ValueError, TypeError) as error:
+        return _fail(str(error), USAGE)
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+        remedy = "; make room, then go on with: truestep train --resume auto" if full else ""
+        return _fail(f"{error}{remedy}", RUNTIME)
+    except RuntimeError as error:
+        return _fail(str(error), RUNTIME)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return code
