@@ -720,3 +720,20 @@ def test_a_directory_that_cannot_be_written_is_said_in_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="file cannot be written: File exists"):
         save_checkpoint(new_run(), tmp_path / "file")
+
+
+def test_the_state_of_another_training_is_never_taken_for_this_one(tmp_path):
+    def trained(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(3, 2)
+        holder = SimpleNamespace(model=model, step=1)
+        holder.optimizer = torch.optim.AdamW(model.parameters())
+        return holder
+
+    first, second = trained(1), trained(2)
+    path = save_checkpoint(first, tmp_path)
+    assert save_checkpoint(first, tmp_path) == path
+    with pytest.raises(CheckpointError, match="holds another state of this step"):
+        save_checkpoint(second, tmp_path)
+    load_checkpoint(path, second)
+    assert torch.equal(second.model.weight, first.model.weight)
