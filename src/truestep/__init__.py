@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from truestep.model.gpt import GPT
     from truestep.observe.sinks import ConsoleSink, JsonlSink, Sink
     from truestep.settings import ConfigError
+    from truestep.training.companion import every
     from truestep.training.evaluate import Evaluation, evaluate
     from truestep.training.schedule import constant, warmup_cosine, warmup_stable_decay
-    from truestep.training.trainer import NonFiniteError, Trainer, every
+    from truestep.training.trainer import NonFiniteError, Trainer
 
 __all__ = [
     "GPT",
@@ -68,7 +69,7 @@ _MODULES = {
     "compute_loss": "loss",
     "constant": "training.schedule",
     "evaluate": "training.evaluate",
-    "every": "training.trainer",
+    "every": "training.companion",
     "generate": "model.generate",
     "load_checkpoint": "checkpoint.state",
     "save_checkpoint": "checkpoint.state",

@@ -1,10 +1,11 @@
-"""From the config to an optimizer and a schedule."""
+"""From what a trainer is given to what it works with: arguments, optimizer, schedule."""
 
 import torch
 from torch import nn
 
 from truestep.batch import Batch
 from truestep.config import TrainingConfig
+from truestep.training.companion import Companion
 from truestep.training.optim import MuonAdamW, adamw, hidden_matrices, trainable_parameters
 from truestep.training.probe import probe
 from truestep.training.schedule import Schedule, constant, warmup_cosine, warmup_stable_decay
@@ -60,3 +61,33 @@ def build_schedule(config: TrainingConfig) -> Schedule:
             final_factor=final_factor,
         )
     return constant(warmup_steps=warmup_steps)
+
+
+def check_arguments(
+    model: object, config: object, optimizer: object, companions: list[Companion]
+) -> None:
+    """Refuse, in one line each, what a trainer cannot work with."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; give TrainingConfig(learning_rate=…, …)"
+        )
+    if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, "
+                'or name one by TrainingConfig(optimizer="muon")'
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer LBFGS needs a closure, which a training step has not")
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "the optimizer has none of the model's parameters; build it from this model's"
+            )
+    for companion in companions:
+        if not isinstance(companion, Companion):
+            raise TypeError(
+                f"companion {companion!r} has no interval; wrap the function: every(100, function)"
+            )

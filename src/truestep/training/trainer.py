@@ -14,7 +14,8 @@ from truestep.config import TrainingConfig
 from truestep.loss import compute_loss
 from truestep.metrics import StepMetrics
 from truestep.observe.sinks import ConsoleSink, Sink
-from truestep.training.compose import build_optimizer, build_schedule
+from truestep.training.companion import Companion
+from truestep.training.compose import build_optimizer, build_schedule, check_arguments
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
 from truestep.training.guard import BufferGuard
@@ -27,20 +28,6 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient was not finite; parameters and optimizer state were left unchanged."""
 
 
-class Companion(NamedTuple):
-    """A function that `fit` calls every `interval` updates, and after the last."""
-
-    interval: int
-    function: Callable[["Trainer", StepMetrics], object]
-
-
-def every(interval: int, function: Callable[["Trainer", StepMetrics], object]) -> Companion:
-    """Have `fit` call `function(trainer, metrics)` every `interval` updates and after the last."""
-    if interval < 1:
-        raise ValueError(f"every({interval}, …) counts updates between calls; use 1 or more")
-    return Companion(interval, function)
-
-
 class _Launched(NamedTuple):
     """A step whose numbers may still be on their way from the device."""
 
@@ -50,36 +37,6 @@ class _Launched(NamedTuple):
     skipped: Tensor
     num_tokens: Tensor
     learning_rate: float
-
-
-def _check_arguments(
-    model: object, config: object, optimizer: object, companions: list[Companion]
-) -> None:
-    """Refuse, in one line each, what a trainer cannot work with."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    if not isinstance(config, TrainingConfig):
-        raise TypeError(
-            f"config is a {type(config).__name__}; give TrainingConfig(learning_rate=…, …)"
-        )
-    if optimizer is not None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, "
-                'or name one by TrainingConfig(optimizer="muon")'
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer LBFGS needs a closure, which a training step has not")
-        own = {id(parameter) for parameter in model.parameters()}
-        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                "the optimizer has none of the model's parameters; build it from this model's"
-            )
-    for companion in companions:
-        if not isinstance(companion, Companion):
-            raise TypeError(
-                f"companion {companion!r} has no interval; wrap the function: every(100, function)"
-            )
 
 
 def _is_non_finite(metrics: StepMetrics) -> bool:
@@ -109,7 +66,7 @@ class Trainer:
     ) -> None:
         config = config or TrainingConfig()
         companions = list(companions)
-        _check_arguments(model, config, optimizer, companions)
+        check_arguments(model, config, optimizer, companions)
         runtime.keep_freed_memory()
         self.device = runtime.resolve_device(str(device))
         self.model = model.to(self.device)

@@ -28,7 +28,8 @@ from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import JsonlSink
 from truestep.settings import difference
-from truestep.training.trainer import Trainer, every
+from truestep.training.companion import every
+from truestep.training.trainer import Trainer
 from truestep.workflows.run import (
     CHECKPOINTS,
     METRICS,
