@@ -25,6 +25,7 @@ def build_app() -> App:
         name="truestep",
         help="Train next-token-prediction language models, with a training step you can trust.",
         version=truestep.__version__,
+        help_format="plaintext",
         result_action="return_value",
     )
     for name, text in _COMMANDS.items():

@@ -7,7 +7,6 @@ from cyclopts import CycloptsError, Group, Parameter
 from pydantic import ValidationError, create_model
 
 from truestep.config import RunConfig
-from truestep.observe.sinks import print_line
 from truestep.settings import Config, ConfigError, explain, section_of
 
 _TITLES = {
@@ -43,6 +42,8 @@ else:
 
 def say(text: str) -> None:
     """Print a line that any encoding can take, at once."""
+    from truestep.observe.sinks import print_line  # imports numpy, which `--help` does without
+
     print_line(sys.stdout, text)
 
 
