@@ -168,7 +168,7 @@ def test_9_every_parameter_is_documented_with_its_default_in_help_docstring_and_
             assert meaning in row
             option = f"--{section}.{name.replace('_', '-')} "
             shown = next(line for line in help_text.splitlines() if option in line)
-            assert meaning.replace("`", "") in shown
+            assert meaning in shown
             assert (
                 f"[default: {setting.default if setting.default != '' else chr(34) * 2}]" in shown
             )
