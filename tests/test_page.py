@@ -6,6 +6,7 @@ import resource
 from html.parser import HTMLParser
 
 import pytest
+from records import training
 
 from truestep.observe.page import write_report
 
@@ -44,20 +45,6 @@ class Page(HTMLParser):
             self.text += data + "\n"
         for tag in {"pre", "mark"} & set(self.open):
             getattr(self, tag)[-1] += data
-
-
-def training(step, loss=2.5, **changes):
-    record = {
-        "step": step,
-        "loss": loss,
-        "grad_norm": 0.5,
-        "learning_rate": 3e-4,
-        "num_tokens": 1000,
-        "step_seconds": 0.25,
-        "skipped": False,
-        "tokens_per_second": 4000.0,
-    }
-    return record | changes
 
 
 def write_lines(path, records):

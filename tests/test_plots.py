@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import training
 
 from truestep.observe.charts import make_charts
 from truestep.observe.log import Metrics, read_metrics
@@ -16,20 +17,6 @@ from truestep.observe.series import decimate, smooth, ticks
 from truestep.observe.svg import draw_svg
 
 NAMES = ["loss", "learning_rate", "grad_norm", "throughput"]
-
-
-def training(step, loss=2.5, **changes):
-    record = {
-        "step": step,
-        "loss": loss,
-        "grad_norm": 0.5,
-        "learning_rate": 3e-4,
-        "num_tokens": 1000,
-        "step_seconds": 0.25,
-        "skipped": False,
-        "tokens_per_second": 4000.0,
-    }
-    return record | changes
 
 
 def make_run(run, records):

@@ -12,25 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import training
 
 import truestep.observe
 from truestep.observe.log import read_metrics, read_records
 from truestep.observe.sinks import ConsoleSink, JsonlSink
 from truestep.storage import LocalStorage, StorageError
-
-
-def training(step, loss=2.5, **changes):
-    record = {
-        "step": step,
-        "loss": loss,
-        "grad_norm": 0.5,
-        "learning_rate": 3e-4,
-        "num_tokens": 1000,
-        "step_seconds": 0.25,
-        "skipped": False,
-        "tokens_per_second": 4000.0,
-    }
-    return record | changes
 
 
 def validation(step, loss=2.25):

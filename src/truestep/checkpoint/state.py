@@ -74,11 +74,11 @@ def save_checkpoint(
     """Save the state of a run as `directory/step-N` and return that path.
 
     `facts` is JSON that `load_checkpoint` returns, such as the resolved config and the data's
-    fingerprint. At least `keep` (2 or more) checkpoints stay; older ones are removed afterwards. An
-    intact checkpoint of this step is left as it is.
+    fingerprint. At least `keep` (2 or more) checkpoints stay; older ones are removed afterwards.
+    What has been saved already is left as it is.
 
-    Errors: CheckpointError for state that cannot be saved without pickle, or if another process
-    writes here; OSError when the disk fails. In both cases the older checkpoints are untouched.
+    Errors: CheckpointError for state that cannot be saved without pickle, if another state of this
+    step or another process is here; OSError when the disk fails. Older checkpoints are untouched.
     """
     model = _model_state(trainer.model)
     tensors, content = _optimizer_state(trainer.optimizer, model)
