@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from faults import FaultyStorage
+from sealing import record_of, reseal
 from test_storage import fail_everywhere
 from torch import nn
 
@@ -28,7 +28,7 @@ from truestep.checkpoint.commit import (
 )
 from truestep.checkpoint.state import load_checkpoint, load_model, save_checkpoint
 from truestep.checkpoint.tensors import read_safetensors, safetensors_chunks
-from truestep.storage import MANIFEST, FileRecord
+from truestep.storage import MANIFEST
 from truestep.training.optim import MuonAdamW
 
 DTYPES = [
@@ -302,7 +302,9 @@ def test_what_the_safetensors_library_writes_reads_the_same_here(tmp_path):
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in every_kind_of_tensor().items()
     }
-    record = write_file_with(tmp_path / "file", safetensors.torch.save(tensors))
+    data = safetensors.torch.save(tensors)
+    (tmp_path / "file").write_bytes(data)
+    record = record_of(data)
     read = read_safetensors(tmp_path / "file", record)
     assert {name: raw(t) for name, t in read.items()} == {n: raw(t) for n, t in tensors.items()}
 
@@ -314,11 +316,6 @@ def test_every_tensor_starts_at_a_multiple_of_its_item_size():
     assert len(header) % 8 == 0
     for name, entry in json.loads(header).items():
         assert entry["data_offsets"][0] % tensors[name].element_size() == 0
-
-
-def write_file_with(path, data):
-    path.write_bytes(data)
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_a_file_of_one_dtype_is_byte_for_byte_the_library_s(tmp_path):
@@ -490,7 +487,7 @@ def test_a_damaged_newest_is_set_aside_aloud_and_the_one_before_used(tmp_path, h
         stream.write(b"\xff")
     said = []
     assert newest_checkpoint(place, said.append) == place / "step-1"
-    assert "step-2/model.safetensors: expected sha256" in said[0]
+    assert "step-2/model.safetensors: bytes 0 to" in said[0]
     assert "set aside as .bad-step-2-" in said[0]
     assert said[1:] == [f"using {place / 'step-1'}, the newest intact checkpoint"]
     assert newest_checkpoint(place, refuse_to_speak) == place / "step-1"
@@ -553,20 +550,6 @@ def flip(data, bit):
     flipped = bytearray(data)
     flipped[bit // 8] ^= 1 << bit % 8
     return bytes(flipped)
-
-
-def reseal(path, **changes):
-    """Write a manifest that vouches for whatever the directory holds now."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest.pop("content_sha256")
-    for name in manifest.pop("files"):
-        manifest.setdefault("files", {})[name] = vars(
-            write_file_with(path / name, (path / name).read_bytes())
-        )
-    manifest |= changes
-    rest = {key: value for key, value in manifest.items() if key != "files"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    (path / MANIFEST).write_text(json.dumps({**manifest, "content_sha256": digest}))
 
 
 class Canary:

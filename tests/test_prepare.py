@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, Died, FaultyStorage
+from sealing import sealed
 
 from truestep.data import corpus
 from truestep.data.corpus import CorpusError
@@ -201,7 +202,7 @@ def test_a_damaged_prepared_directory_is_named_with_the_remedy(tree, tmp_path):
     path = prepare_once(source, cache, tokenizer=BYTES)
     manifest = path / "manifest.json"
     kept = manifest.read_text()
-    manifest.write_text(json.dumps(json.loads(kept) | {"fingerprint": "0" * 64}))
+    manifest.write_text(sealed(json.loads(kept) | {"fingerprint": "0" * 64}))
     with pytest.raises(
         StorageError, match=r"expected fingerprint .* remove it to prepare it again"
     ):

@@ -1,11 +1,12 @@
-import hashlib
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
 import pytest
 from faults import FAULTS, Died, FaultyStorage
+from sealing import record_of, sealed
 
 from truestep.storage import (
     LOCAL,
@@ -22,7 +23,7 @@ from truestep.storage import (
 )
 
 CONTENT = b"old or new, never neither"
-RECORD = FileRecord(len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+RECORD = record_of(CONTENT)
 
 
 def fail_everywhere(operation, make_place):
@@ -168,7 +169,33 @@ def test_a_file_that_is_not_what_its_record_says_is_named(tmp_path, check):
     for bit in range(8 * len(CONTENT)):
         flipped = bytearray(CONTENT)
         flipped[bit // 8] ^= 1 << bit % 8
-        refused(flipped, "expected sha256")
+        refused(flipped, "bytes 0 to 24 are not those that were written")
+
+
+@pytest.mark.parametrize("check", [read_file, verify_file])
+def test_damage_is_named_by_the_first_block_that_holds_it(tmp_path, check):
+    block = 2**20
+    content = bytearray(random.Random(0).randbytes(2 * block + 5))
+    record = write_file(LOCAL, tmp_path / "file", [content[:3], b"", content[3:]])
+    assert record == record_of(content)
+    for position, where in [
+        (0, "bytes 0 to 1048575 "),
+        (block - 1, "bytes 0 to 1048575 "),
+        (block, "bytes 1048576 to 2097151 "),
+        (2 * block + 4, "bytes 2097152 to 2097156 "),
+    ]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        damaged[-1] ^= 2  # a later one is not named
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(StorageError, match=f"damaged: {where}are not those that were written"):
+            check(tmp_path / "damaged", record)
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [2**20], [2**20 + 1], [2**20 - 1, 2, 2**20], [1] * 9])
+def test_the_record_does_not_depend_on_how_the_bytes_arrive(tmp_path, sizes):
+    chunks = [random.Random(size).randbytes(size) for size in sizes]
+    assert write_file(LOCAL, tmp_path / "file", chunks) == record_of(b"".join(chunks))
 
 
 @pytest.mark.parametrize("check", [read_file, verify_file])
@@ -190,7 +217,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path, check):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a file of Linux that gives EIO")
 def test_a_bad_sector_is_said_to_be_in_the_file():
     with pytest.raises(StorageError, match="/proc/self/mem: cannot be read: Input/output error"):
-        verify_file(Path("/proc/self/mem"), FileRecord(0, RECORD.sha256))
+        verify_file(Path("/proc/self/mem"), FileRecord(0, RECORD.sha256, ()))
 
 
 def test_a_read_is_bounded(tmp_path):
@@ -200,7 +227,7 @@ def test_a_read_is_bounded(tmp_path):
         read_file(tmp_path / "file", limit=24)
 
 
-GOOD = {"size": 1, "sha256": "0" * 64}
+GOOD = {"size": 1, "sha256": "0" * 64, "blocks": [0]}
 
 
 @pytest.mark.parametrize(
@@ -212,15 +239,17 @@ GOOD = {"size": 1, "sha256": "0" * 64}
         "{",
         "null",
         "\x80",
-        '{"files": []}',
-        '{"files": {"a": 1}}',
-        '{"files": {"a": {"size": 1}}}',
-        '{"files": {"a": {"size": Infinity, "sha256": ""}}}',
-        '{"files": {"a": {"size": 1e999, "sha256": ""}}}',
+        sealed({"files": []}),
+        sealed({"files": {"a": 1}}),
+        sealed({"files": {"a": {"size": 1}}}),
+        '{"files": {"a": {"size": Infinity, "sha256": "", "blocks": []}}, "content_sha256": ""}',
+        '{"files": {"a": {"size": 1e999, "sha256": "", "blocks": []}}, "content_sha256": ""}',
+        json.dumps({"files": {"a": GOOD}}),
+        json.dumps({"files": {"a": GOOD}, "content_sha256": "0" * 64}),
         "[" * 10**5,
         '{"files":' * 10**5,
         *(
-            json.dumps({"files": {"a": {**GOOD, **wrong}}})
+            sealed({"files": {"a": {**GOOD, **wrong}}})
             for wrong in [
                 {"size": -1},
                 {"size": 1.0},
@@ -229,10 +258,14 @@ GOOD = {"size": 1, "sha256": "0" * 64}
                 {"sha256": "0" * 63},
                 {"sha256": "G" * 64},
                 {"sha256": 0},
+                {"blocks": []},
+                {"blocks": [0, 0]},
+                {"blocks": ["0"]},
+                {"blocks": 0},
             ]
         ),
         *(
-            json.dumps({"files": {name: GOOD}})
+            sealed({"files": {name: GOOD}})
             for name in [
                 "../a",
                 "/a",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sealing import sealed
 
 from truestep.data.shards import write_split
 from truestep.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -77,7 +78,7 @@ def damaged(tmp_path):
         path = directory / "manifest.json"
         manifest = json.loads(path.read_text())
         change(manifest)
-        path.write_text(json.dumps(manifest))
+        path.write_text(sealed(manifest))
         return directory
 
     return build
@@ -212,7 +213,7 @@ def test_a_changed_list_of_documents_is_refused(tmp_path):
     split = open_prepared(directory, Numbers(256)).train
     path = directory / "train-documents.jsonl"
     path.write_bytes(path.read_bytes().replace(b"3", b"2"))
-    with pytest.raises(StorageError, match=r"train-documents\.jsonl: expected sha256"):
+    with pytest.raises(StorageError, match=r"train-documents\.jsonl: bytes 0 to 59 are not"):
         split.document_at(0)
 
 
@@ -243,7 +244,12 @@ def _first_shard(name):
         (lambda m: m.update(version=2), "version: input should be 1"),
         (lambda m: m.update(format="a checkpoint"), "format: input should be"),
         (lambda m: m.pop("fingerprint"), "fingerprint: field required"),
-        (lambda m: m["files"].update({"train-00000.bin": {"size": -1, "sha256": ""}}), "size"),
+        (
+            lambda m: m["files"].update(
+                {"train-00000.bin": {"size": -1, "sha256": "", "blocks": []}}
+            ),
+            "size",
+        ),
         (lambda m: m["tokenizer"].update(name="\x1b[31m"), r"'\\x1b\[31m' is not known"),
     ],
 )
@@ -270,7 +276,9 @@ def test_a_huge_manifest_is_refused_before_it_is_read(damaged):
 
 
 def test_a_shard_that_is_no_file_is_refused_without_waiting_for_it(damaged):
-    directory = damaged(lambda manifest: manifest["files"]["train-00000.bin"].update(size=0))
+    directory = damaged(
+        lambda manifest: manifest["files"]["train-00000.bin"].update(size=0, blocks=[])
+    )
     (directory / "train-00000.bin").unlink()
     os.mkfifo(directory / "train-00000.bin")
     with pytest.raises(StorageError, match="expected a file, found something else"):
@@ -289,7 +297,7 @@ def test_an_odd_number_of_bytes_is_no_shard_of_two_byte_ids(tmp_path):
         num_bytes=6,
     )
     _, files = read_manifest(directory)
-    files["train-00000.bin"] = FileRecord(7, "0" * 64)
+    files["train-00000.bin"] = FileRecord(7, "0" * 64, (0,))
     with pytest.raises(StorageError, match="7 bytes are not a whole number of uint16"):
         TokenSplit(directory, record, files, dtype="uint16", vocab_size=300)
 

@@ -1,8 +1,9 @@
 """Durable bytes: everything that must last is written here, so that a fault can be injected here.
 
 A directory of files appears whole or not at all: it is written under a temporary name, each file is
-hashed and fsynced, `manifest.json` comes last, and one rename makes it visible. What a writer that
-died leaves behind has a name that begins with `.tmp-`, and is never read.
+hashed and fsynced, `manifest.json` comes last, sealed with its own hash, and one rename makes all
+of it visible. What a writer that died leaves behind has a name that begins with `.tmp-`, and is
+never read.
 """
 
 import errno
@@ -13,16 +14,19 @@ import re
 import shutil
 import stat
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
+BLOCK_BYTES = 2**20
 _MANIFEST_LIMIT_BYTES = 256 * 2**20  # a hostile manifest cannot exhaust memory
+_SEAL = "content_sha256"  # of the rest of the manifest
 
 
 class StorageError(OSError):
@@ -31,10 +35,14 @@ class StorageError(OSError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of one file."""
+    """What a manifest says of one file.
+
+    `blocks` holds the CRC-32 of every BLOCK_BYTES: the hash proves damage, they tell where it is.
+    """
 
     size: int
     sha256: str
+    blocks: tuple[int, ...]
 
 
 class Storage(Protocol):
@@ -125,12 +133,16 @@ def write_file(storage: Storage, path: Path, chunks: Iterable[Any]) -> FileRecor
     Errors: whatever the storage raises; a write that makes no progress is an OSError.
     """
     digest, size = hashlib.sha256(), 0
+    blocks: list[int] = []
     descriptor = storage.create(path)
     try:
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
             digest.update(data)
-            size += len(data)
+            for block in _blocks_of(data, BLOCK_BYTES - size % BLOCK_BYTES):
+                begins = size % BLOCK_BYTES == 0
+                blocks.append(zlib.crc32(block, 0 if begins else blocks.pop()))
+                size += len(block)
             while data:
                 written = storage.write(descriptor, data)
                 if written <= 0:
@@ -139,7 +151,15 @@ def write_file(storage: Storage, path: Path, chunks: Iterable[Any]) -> FileRecor
         storage.sync(descriptor)
     finally:
         storage.close(descriptor)
-    return FileRecord(size, digest.hexdigest())
+    return FileRecord(size, digest.hexdigest(), tuple(blocks))
+
+
+def _blocks_of(data: memoryview, first: int = BLOCK_BYTES) -> Iterator[memoryview]:
+    """Yield `data` in pieces that end where blocks do, `first` bytes before the first such end."""
+    start, end = 0, first
+    while start < len(data):
+        yield data[start:end]
+        start, end = end, end + BLOCK_BYTES
 
 
 def replace_file(storage: Storage, path: Path, data: bytes) -> None:
@@ -175,9 +195,11 @@ class DirectoryWriter:
         return self.files[name]
 
     def commit(self, manifest: dict[str, Any]) -> None:
-        """Add `manifest.json` (with `files`) last, then make the directory visible."""
-        files = {name: asdict(record) for name, record in self.files.items()}
-        text = json.dumps({**manifest, "files": files}, indent=1, allow_nan=False)
+        """Add `manifest.json` (with `files`, and sealed) last, then make the directory visible."""
+        files = {name: vars(record) for name, record in self.files.items()}
+        # Read back at once: the seal is of the values as a reader will have them, keys as strings.
+        content = json.loads(json.dumps({**manifest, "files": files}, allow_nan=False))
+        text = json.dumps({**content, _SEAL: _seal(content)}, indent=1)
         write_file(self.storage, self.temporary / MANIFEST, [text.encode()])
         self.storage.sync_directory(self.temporary)
         self.storage.rename(self.temporary, self.target)
@@ -205,32 +227,50 @@ def read_file(path: Path, record: FileRecord | None = None, limit: int | None = 
         data = stream.read(size)
     if len(data) != size:
         raise StorageError(f"{path}: expected {size} bytes, found {len(data)}")
-    if record is not None:
-        _compare(path, record, hashlib.sha256(data).hexdigest())
+    if record is not None and hashlib.sha256(data).hexdigest() != record.sha256:
+        raise _difference(path, record, _blocks_of(memoryview(data)))
     return data
 
 
 def verify_file(path: Path, record: FileRecord) -> None:
     """Compare a file with its record, in constant memory.
 
-    Errors: StorageError naming the file, what was expected and what was found.
+    Errors: StorageError naming the file, what was expected and what was found, and where.
     """
     with _open(path, record) as (stream, _):
-        _compare(path, record, hashlib.file_digest(stream, "sha256").hexdigest())
+        if hashlib.file_digest(stream, "sha256").hexdigest() != record.sha256:
+            stream.seek(0)
+            raise _difference(path, record, iter(lambda: stream.read(BLOCK_BYTES), b""))
+
+
+def _difference(
+    path: Path, record: FileRecord, blocks: Iterable[bytes | memoryview]
+) -> StorageError:
+    """Return what is wrong with a file whose hash is not the recorded one, with the first place."""
+    for number, (block, expected) in enumerate(zip(blocks, record.blocks, strict=False)):
+        if zlib.crc32(block) != expected:
+            start = number * BLOCK_BYTES
+            end = min(start + BLOCK_BYTES, record.size) - 1
+            return StorageError(f"{path}: bytes {start} to {end} are not those that were written")
+    return StorageError(f"{path}: its bytes do not have the sha256 of its manifest")
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
     """Return a directory's manifest and the records of its files.
 
-    Errors: StorageError for a manifest that is missing, not JSON, or names a file outside.
+    Errors: StorageError for a manifest that is missing, not JSON, not as it was sealed, or that
+    names a file outside.
     """
     path = directory / MANIFEST
     data = read_file(path, limit=_MANIFEST_LIMIT_BYTES)
     try:
         manifest = json.loads(data)
+        sealed = manifest.pop(_SEAL) == _seal(manifest)
         files = {name: _file_record(record) for name, record in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
+    if not sealed:
+        raise StorageError(f"{path}: its content does not match its {_SEAL}")
     for name in files:
         # Not printable: a NUL or half a surrogate pair is no file name, a newline hides the rest.
         if Path(name).name != name or not name.isprintable() or name in {"", ".", ".."}:
@@ -238,16 +278,18 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord
     return manifest, files
 
 
+def _seal(content: dict[str, Any]) -> str:
+    """Hash JSON content in canonical form, so that no flipped bit in a manifest can pass."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
 def _file_record(value: Any) -> FileRecord:
-    size, sha256 = value["size"], value["sha256"]
+    size, sha256, blocks = value["size"], value["sha256"], tuple(value["blocks"])
     if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError("a file's size must be a count and its sha256 64 hexadecimal digits")
-    return FileRecord(size, sha256)
-
-
-def _compare(path: Path, record: FileRecord, sha256: str) -> None:
-    if sha256 != record.sha256:
-        raise StorageError(f"{path}: expected sha256 {record.sha256}, found {sha256}")
+    if len(blocks) != -(-size // BLOCK_BYTES) or any(type(block) is not int for block in blocks):
+        raise ValueError("a file's blocks must be one whole number for each of its blocks")
+    return FileRecord(size, sha256, blocks)
 
 
 @contextmanager
