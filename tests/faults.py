@@ -7,7 +7,7 @@ from functools import partial
 
 from truestep.storage import LOCAL
 
-FAULTS = ["disk full", "error after the effect", "death", "power loss"]
+FAULTS = ["disk full", "error after the effect", "short write", "death", "power loss"]
 
 
 class Died(BaseException):
@@ -35,6 +35,11 @@ class FaultyStorage:
             return operation(*arguments)
         if self.fault == "disk full":
             raise OSError(errno.ENOSPC, "injected")
+        if self.fault == "short write":
+            if name != "write":
+                return operation(*arguments)
+            operation(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            raise OSError(errno.EIO, "injected")
         if self.fault == "error after the effect":
             operation(*arguments)
             raise OSError(errno.EIO, "injected")

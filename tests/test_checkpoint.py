@@ -19,13 +19,12 @@ from test_storage import fail_everywhere
 from torch import nn
 
 from truestep.checkpoint.commit import (
-    CheckpointError,
     DamagedCheckpointError,
-    RunLock,
     list_checkpoints,
     newest_checkpoint,
     verify_checkpoint,
 )
+from truestep.checkpoint.lock import CheckpointError, RunLock
 from truestep.checkpoint.state import load_checkpoint, load_model, save_checkpoint
 from truestep.checkpoint.tensors import read_safetensors, safetensors_chunks
 from truestep.storage import MANIFEST
@@ -653,7 +652,7 @@ def test_what_a_dead_writer_left_is_removed_at_the_next_save(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from truestep.checkpoint.commit import RunLock
+from truestep.checkpoint.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("inside", flush=True)
     sys.stdin.read()
@@ -683,7 +682,7 @@ def test_a_second_process_is_kept_out_at_once_until_the_first_dies(tmp_path):
 READ_ONLY = """
 import os
 from pathlib import Path
-from truestep.checkpoint.commit import CheckpointError, RunLock
+from truestep.checkpoint.lock import CheckpointError, RunLock
 if os.geteuid() == 0:
     os.setuid(65534)
 try:

@@ -90,6 +90,7 @@ def test_the_public_surface_is_pinned_and_loads():
         "IGNORE_INDEX",
         "Batch",
         "CheckpointError",
+        "CheckpointWriter",
         "ConfigError",
         "ConsoleSink",
         "DeferredLogits",

@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from truestep.batch import Batch
-    from truestep.checkpoint.commit import CheckpointError
+    from truestep.checkpoint.lock import CheckpointError
     from truestep.checkpoint.state import load_checkpoint, save_checkpoint
+    from truestep.checkpoint.writer import CheckpointWriter
     from truestep.config import GPTConfig, RunConfig, TrainingConfig
     from truestep.loss import IGNORE_INDEX, DeferredLogits, compute_loss
     from truestep.metrics import StepMetrics
@@ -26,6 +27,7 @@ __all__ = [
     "IGNORE_INDEX",
     "Batch",
     "CheckpointError",
+    "CheckpointWriter",
     "ConfigError",
     "ConsoleSink",
     "DeferredLogits",
@@ -52,7 +54,8 @@ __all__ = [
 _MODULES = {
     "IGNORE_INDEX": "loss",
     "Batch": "batch",
-    "CheckpointError": "checkpoint.commit",
+    "CheckpointError": "checkpoint.lock",
+    "CheckpointWriter": "checkpoint.writer",
     "ConfigError": "settings",
     "ConsoleSink": "observe.sinks",
     "DeferredLogits": "loss",

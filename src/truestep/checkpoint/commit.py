@@ -4,21 +4,17 @@ A checkpoint is a directory `step-N`, written under a `.tmp-` name and renamed o
 the medium. It is never changed afterwards: only renamed (`.bad-` when it proves damaged) or pruned.
 """
 
-import errno
 import hashlib
-import json
+import math
 import os
 import re
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
+from truestep.checkpoint.lock import CheckpointError, RunLock
 from truestep.storage import (
     LOCAL,
     MANIFEST,
@@ -27,7 +23,6 @@ from truestep.storage import (
     FileRecord,
     Storage,
     StorageError,
-    read_file,
     read_manifest,
     temporary_path,
     verify_file,
@@ -39,16 +34,17 @@ VERSION = 1
 _MIN_KEEP = 2  # the newest, and one to go back to if it proves damaged
 _BAD_PREFIX = ".bad-"
 _STEP = re.compile("step-(0|[1-9][0-9]*)")
-_HOLDER_LIMIT_BYTES = 4096
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or its directory cannot be used as asked."""
 
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is not what it was when it was written, or never was one."""
+
+
+class Validation(NamedTuple):
+    """What a model was measured at when it was saved: finite, comparable over the same tokens."""
+
+    loss: float
+    num_tokens: int
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -83,6 +79,31 @@ def newest_checkpoint(
     return None
 
 
+def best_checkpoints(paths: Sequence[Path], count: int) -> list[Path]:
+    """Return the `count` checkpoints of least validation loss, the best first, the older of equals.
+
+    Losses compare over the same tokens only: those that the last validated one of `paths` has.
+    """
+    found = [(validation, path) for path in paths if (validation := validation_of(path))]
+    comparable = [
+        (validation.loss, number, path)
+        for number, (validation, path) in enumerate(found)
+        if validation.num_tokens == found[-1][0].num_tokens
+    ]
+    return [path for _, _, path in sorted(comparable)[:count]]
+
+
+def validation_of(path: Path) -> Validation | None:
+    """Return what a checkpoint's manifest says of its validation loss, None if nothing sound."""
+    try:
+        manifest, _ = read_checkpoint_manifest(path)
+        validation = Validation(**manifest["validation"])
+    except (CheckpointError, KeyError, TypeError):
+        return None
+    sound = type(validation.loss) is float and type(validation.num_tokens) is int
+    return validation if sound and math.isfinite(validation.loss) else None
+
+
 def commit_checkpoint(
     directory: Path,
     step: int,
@@ -90,13 +111,15 @@ def commit_checkpoint(
     content: Mapping[str, Any],
     *,
     keep: int,
-    storage: Storage,
+    keep_best: int = 0,
+    storage: Storage = LOCAL,
 ) -> Path:
     """Write `files` (name to byte-like chunks) as `directory/step-<step>` and return its path.
 
-    `content` is what the manifest says beside the files. Afterwards older checkpoints than the
-    `keep` newest are removed; those of later steps are not touched. If this very state has been
-    committed it stays as it is, and nothing is written.
+    `content` is what the manifest says beside the files; its `validation` ranks the checkpoint.
+    Afterwards those that are neither among the `keep` newest nor the `keep_best` best are removed;
+    those of later steps are not touched. If this very state has been committed it stays as it is,
+    and nothing is written.
 
     Errors: OSError when the disk fails, and what was committed before is untouched;
     CheckpointError if another process writes here, or if there is a checkpoint of this step that
@@ -118,9 +141,9 @@ def commit_checkpoint(
                 for name, chunks in files.items():
                     writer.write(name, chunks)
                 writer.commit(manifest)
-        _prune(
-            [old for number, old in list_checkpoints(directory) if number <= step][:-keep], storage
-        )
+        so_far = [old for number, old in list_checkpoints(directory) if number <= step]
+        kept = {*so_far[-keep:], *(best_checkpoints(so_far, keep_best) if keep_best else ())}
+        _prune([old for old in so_far if old not in kept], storage)
     return path
 
 
@@ -203,65 +226,3 @@ def _set_aside(path: Path, storage: Storage) -> str:
     except OSError as error:  # a read-only run can still be resumed from an older one
         return f"it cannot be set aside: {error.strerror or error}"
     return f"set aside as {target.name}"
-
-
-class RunLock:
-    """Keeps every other process out of a directory, from entering to leaving.
-
-    One process may enter again while it is inside. A process that dies leaves it, however it dies.
-
-    Errors: CheckpointError at once, naming the holder, if another process is inside, and for a
-    directory that cannot be written.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._holder = directory / ".lock.json"
-        self._lock: FileLock | None = None
-        self._outermost = False
-
-    def __enter__(self) -> "RunLock":
-        try:
-            LOCAL.make_directory(self.directory)
-            # One lock object for all of this process, so that entering again is counted.
-            self._lock = FileLock(
-                self.directory.resolve() / ".lock", thread_local=False, is_singleton=True
-            )
-            self._outermost = not self._lock.is_locked
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise CheckpointError(
-                f"{self.directory} is in use by {self._name_holder()}; "
-                "wait for it, stop it or choose another directory"
-            ) from None
-        except OSError as error:
-            if error.errno not in _UNWRITABLE:
-                raise
-            raise CheckpointError(
-                f"{self.directory} cannot be written: {error.strerror}; "
-                "choose a directory you may write to"
-            ) from None
-        if self._outermost:
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-            try:
-                self._holder.write_text(json.dumps(holder), encoding="utf-8")
-            except OSError:
-                self._lock.release()
-                raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._outermost:
-            self._holder.unlink(missing_ok=True)
-        if self._lock is not None:
-            self._lock.release()
-
-    def _name_holder(self) -> str:
-        """Return who is inside, as the file beside the lock says; it may be a moment behind."""
-        try:
-            holder = json.loads(read_file(self._holder, limit=_HOLDER_LIMIT_BYTES))
-            text = f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return "another process"
-        return text if text.isprintable() else "another process"

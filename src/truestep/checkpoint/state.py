@@ -1,66 +1,34 @@
-"""What a checkpoint holds: parameters with persistent buffers, optimizer state, step.
+"""Save the state of a run, and bring a run to a saved state."""
 
-Everything else of a run is a pure function of config, data and step, so hyperparameters are not
-here: learning rates come from the config and the step.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from truestep.checkpoint.commit import (
-    CheckpointError,
     DamagedCheckpointError,
     commit_checkpoint,
     damage_named,
     read_checkpoint_manifest,
 )
-from truestep.checkpoint.tensors import describe, read_safetensors, safetensors_chunks, unstorable
+from truestep.checkpoint.lock import CheckpointError
+from truestep.checkpoint.snapshot import (
+    BATCH_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Content,
+    ModelState,
+    OptimizerContent,
+    Resumable,
+    model_state,
+    optimized_parameters,
+    take_snapshot,
+)
+from truestep.checkpoint.tensors import describe, read_safetensors
 from truestep.storage import LOCAL, MANIFEST, FileRecord, Storage
-
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-
-
-class Resumable(Protocol):
-    """What can be saved and loaded: a trainer, or anything shaped like one."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int
-
-
-class _OptimizerContent(BaseModel):
-    """What the manifest says of the optimizer, beside its file of "<parameter>/<key>" tensors."""
-
-    model_config = ConfigDict(strict=True)
-
-    kind: str
-    numbers: list[str]
-    """State that was a Python number: stored as a float64, int64 or bool tensor without shape."""
-    on_cpu: list[str]
-    """State that was on the CPU although its parameter was not."""
-
-
-class _Content(BaseModel):
-    """What the manifest says beside format, version and files."""
-
-    model_config = ConfigDict(strict=True)
-
-    step: int
-    tied: dict[str, str]
-    """Every name of a tensor but its first -> the first, under which it is stored."""
-    optimizer: _OptimizerContent
-    facts: dict[str, Any]
-
-
-class _ModelState(NamedTuple):
-    tensors: dict[str, Tensor]  # the live ones, under the first of their names
-    tied: dict[str, str]
 
 
 def save_checkpoint(
@@ -80,20 +48,15 @@ def save_checkpoint(
     Errors: CheckpointError for state that cannot be saved without pickle, if another state of this
     step or another process is here; OSError when the disk fails. Older checkpoints are untouched.
     """
-    model = _model_state(trainer.model)
-    tensors, content = _optimizer_state(trainer.optimizer, model)
-    manifest = {
-        "torch": str(torch.__version__),
-        "tied": model.tied,
-        "optimizer": content.model_dump(),
-        "facts": dict(facts),
-    }
-    files = {
-        MODEL_FILE: safetensors_chunks(model.tensors),
-        OPTIMIZER_FILE: safetensors_chunks(tensors),
-    }
-    directory = Path(directory)
-    return commit_checkpoint(directory, trainer.step, files, manifest, keep=keep, storage=storage)
+    snapshot = take_snapshot(trainer, facts)
+    return commit_checkpoint(
+        Path(directory),
+        snapshot.step,
+        snapshot.files(),
+        snapshot.content,
+        keep=keep,
+        storage=storage,
+    )
 
 
 def load_checkpoint(path: str | Path, trainer: Resumable) -> dict[str, Any]:
@@ -111,8 +74,8 @@ def load_checkpoint(path: str | Path, trainer: Resumable) -> dict[str, Any]:
     with damage_named():
         tensors = read_safetensors(path / MODEL_FILE, files[MODEL_FILE])
         state_tensors = read_safetensors(path / OPTIMIZER_FILE, files[OPTIMIZER_FILE])
-    model = _model_state(trainer.model)
-    _require_same(path / MODEL_FILE, expected=model, found=_ModelState(tensors, content.tied))
+    model = model_state(trainer.model)
+    _require_same(path / MODEL_FILE, expected=model, found=ModelState(tensors, content.tied))
     states = _planned_states(path, content.optimizer, trainer.optimizer, model, state_tensors)
     # Nothing below can fail for what the checkpoint holds.
     _fill(model, tensors)
@@ -135,16 +98,16 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     content, files = _read_content(path)
     with damage_named():
         tensors = read_safetensors(path / MODEL_FILE, files[MODEL_FILE])
-    live = _model_state(model)
-    _require_same(path / MODEL_FILE, expected=live, found=_ModelState(tensors, content.tied))
+    live = model_state(model)
+    _require_same(path / MODEL_FILE, expected=live, found=ModelState(tensors, content.tied))
     _fill(live, tensors)
     return content.facts
 
 
-def _read_content(path: Path) -> tuple[_Content, dict[str, FileRecord]]:
+def _read_content(path: Path) -> tuple[Content, dict[str, FileRecord]]:
     manifest, files = read_checkpoint_manifest(path)
     content = _checked_content(path, manifest)
-    if files.keys() != {MODEL_FILE, OPTIMIZER_FILE}:
+    if files.keys() - {BATCH_FILE} != {MODEL_FILE, OPTIMIZER_FILE}:
         raise CheckpointError(
             f"{path / MANIFEST}: expected the files {MODEL_FILE} and {OPTIMIZER_FILE}, "
             f"found {sorted(files)}"
@@ -152,91 +115,15 @@ def _read_content(path: Path) -> tuple[_Content, dict[str, FileRecord]]:
     return content, files
 
 
-def _fill(model: _ModelState, tensors: dict[str, Tensor]) -> None:
+def _fill(model: ModelState, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, live in model.tensors.items():
             live.copy_(tensors[name])
 
 
-def _model_state(model: nn.Module) -> _ModelState:
-    """Return the live parameters and persistent buffers under their plain names."""
-    wrapped = _wrapped_names(model)
-    state = _ModelState({}, {})
-    first_names: dict[int, str] = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        parts = key.split(".")
-        prefixes = (".".join(parts[: end + 1]) for end in range(len(parts)))
-        name = ".".join(
-            part
-            for part, prefix in zip(parts, prefixes, strict=True)
-            if part != "_orig_mod" and prefix not in wrapped  # torch.compile's, DDP's
-        )
-        reason = "it is extra state" if parts[-1] == "_extra_state" else unstorable(tensor)
-        if name in state.tensors or name in state.tied:
-            reason = "another tensor has this name"
-        if reason:
-            raise CheckpointError(f"tensor {name!r} of the model cannot be saved: {reason}")
-        first = first_names.setdefault(id(tensor), name)
-        if first == name:
-            state.tensors[name] = tensor
-        else:
-            state.tied[name] = first
-    return state
-
-
-def _wrapped_names(model: nn.Module) -> set[str]:
-    """Return the names of modules that are a parallel wrapper's `module`, not the model's own."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return {
-        f"{name}.module".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, wrappers)
-    }
-
-
-def _optimized_parameters(
-    optimizer: torch.optim.Optimizer, model: _ModelState
-) -> Iterator[tuple[str | None, nn.Parameter, dict[str, Any]]]:
-    """Yield each parameter's name (None: the model does not have it), itself and its group."""
-    names = {id(tensor): name for name, tensor in model.tensors.items()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield names.get(id(parameter)), parameter, group
-
-
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, model: _ModelState
-) -> tuple[dict[str, Tensor], _OptimizerContent]:
-    """Return the live state tensors by "<parameter>/<key>", and what the manifest says of them."""
-    tensors: dict[str, Tensor] = {}
-    content = _OptimizerContent(kind=type(optimizer).__name__, numbers=[], on_cpu=[])
-    for name, parameter, _ in _optimized_parameters(optimizer, model):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if name is None:
-                raise CheckpointError(
-                    f"the optimizer updates a parameter {describe(parameter)} that the model does "
-                    "not have; build it from the model's parameters"
-                )
-            entry = f"{name}/{key}"
-            if type(value) in {bool, int, float}:
-                dtype = torch.float64 if isinstance(value, float) else None
-                tensors[entry] = torch.tensor(value, dtype=dtype)
-                content.numbers.append(entry)
-                continue
-            reason = unstorable(value)
-            if not isinstance(key, str) or "/" in key:
-                reason = "its key is not a plain string"
-            if reason:
-                raise CheckpointError(f"optimizer state {entry!r} cannot be saved: {reason}")
-            tensors[entry] = value
-            if value.device.type == "cpu" and parameter.device.type != "cpu":
-                content.on_cpu.append(entry)
-    return tensors, content
-
-
-def _checked_content(path: Path, manifest: dict[str, Any]) -> _Content:
+def _checked_content(path: Path, manifest: dict[str, Any]) -> Content:
     try:
-        return _Content.model_validate(manifest)
+        return Content.model_validate(manifest)
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in detail["loc"])
@@ -245,7 +132,7 @@ def _checked_content(path: Path, manifest: dict[str, Any]) -> _Content:
         ) from None
 
 
-def _require_same(path: Path, *, expected: _ModelState, found: _ModelState) -> None:
+def _require_same(path: Path, *, expected: ModelState, found: ModelState) -> None:
     """Compare names, shapes, dtypes and ties."""
     wanted, given = (
         {name: describe(tensor) for name, tensor in state.tensors.items()}
@@ -262,9 +149,9 @@ def _require_same(path: Path, *, expected: _ModelState, found: _ModelState) -> N
 
 def _planned_states(
     path: Path,
-    content: _OptimizerContent,
+    content: OptimizerContent,
     optimizer: torch.optim.Optimizer,
-    model: _ModelState,
+    model: ModelState,
     tensors: dict[str, Tensor],
 ) -> dict[nn.Parameter, dict[str, Any]]:
     """Return the new state of every parameter, on its device; `tensors` is used up on the way."""
@@ -275,7 +162,7 @@ def _planned_states(
         )
     states: dict[nn.Parameter, dict[str, Any]] = {}
     owners: dict[str, tuple[nn.Parameter, dict[str, Any]]] = {}
-    for name, parameter, group in _optimized_parameters(optimizer, model):
+    for name, parameter, group in optimized_parameters(optimizer, model):
         states[parameter] = {}
         if name is not None:
             owners[name] = (parameter, group)

@@ -15,7 +15,8 @@ import torch
 import truestep
 from truestep import runtime
 from truestep.batch import Batch
-from truestep.checkpoint.commit import RunLock, newest_checkpoint
+from truestep.checkpoint.commit import newest_checkpoint
+from truestep.checkpoint.lock import RunLock
 from truestep.checkpoint.state import load_checkpoint, save_checkpoint
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
