@@ -127,6 +127,18 @@ def test_a_signal_saves_says_how_to_go_on_and_resume_is_bit_identical(number):
     assert weights_of("runs/cut", 40) == weights_of("runs/whole", 40)
 
 
+def test_a_validation_that_a_signal_cut_off_is_made_up_for():
+    often = ["--run.evaluate-every", "1", "--training.num-steps", "30"]
+    assert train(*often, "--run.name", "whole") == 0
+    code, text = interrupted(5, signal.SIGINT, *often, "--run.name", "cut")
+    assert code == 130, text
+    assert main(["train", "--resume", "runs/cut"]) == 0
+    assert log_of("runs/cut") == log_of("runs/whole")
+    assert Path("runs/cut/samples.jsonl").read_text() == (
+        Path("runs/whole/samples.jsonl").read_text()
+    )
+
+
 def test_a_kill_loses_at_most_the_steps_since_the_last_checkpoint():
     assert train("--run.name", "whole") == 0
     code, text = interrupted(6, signal.SIGKILL, "--run.name", "cut")

@@ -150,6 +150,43 @@ def test_a_failing_disk_is_one_line_and_leaves_whole_lines(tmp_path):
     assert read_metrics(path).training["step"].tolist() == [1, 3]
 
 
+def test_with_a_listener_records_wait_in_memory_until_the_disk_takes_them(tmp_path):
+    path, said = tmp_path / "metrics.jsonl", []
+    sink = JsonlSink(path, say=said.append)
+    sink.write(training(1))
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, hard))
+        for step in (2, 3, 4):
+            sink.write(training(step))
+            assert path.read_bytes() == whole
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
+            sink.sync()  # whoever must know that it is all there is told that it is not
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (told,) = said
+    assert told.endswith("its records wait in memory")
+    sink.sync()
+    assert read_metrics(path).training["step"].tolist() == [1, 2, 3, 4]
+    sink.write(training(5))
+    sink.close()
+    sink.close()
+    assert read_metrics(path).training["step"].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_what_the_disk_never_took_is_an_error_at_the_end(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl", say=lambda text: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        sink.write(training(1))
+        with pytest.raises(StorageError, match="cannot be written"):
+            sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_failed_cut_back_leaves_the_old_log(tmp_path):
     class FullDisk(LocalStorage):
         def write(self, descriptor, data):

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from truestep import IGNORE_INDEX, Batch, NonFiniteError, Trainer, TrainingConfig, every
+from truestep import (
+    IGNORE_INDEX,
+    Batch,
+    NonFiniteError,
+    Trainer,
+    TrainingConfig,
+    compute_loss,
+    every,
+)
+from truestep.training.guard import UpdateGuard
 from truestep.training.optim import adamw, clip_gradients, decay_groups
 
 PLAIN = {"precision": "float32", "compile": "off", "max_grad_norm": "off"}
@@ -65,6 +74,25 @@ def test_the_mean_of_micro_batch_means_is_another_number_so_the_law_can_fail(big
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), part.targets.flatten())
             )
     assert abs(trainer.training_step(batch).loss - float(sum(means) / 3)) > 1e-3
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_shares_of_a_batch_on_several_ranks_add_up_to_the_whole_batch(bigram, windows, ranks):
+    """Each rank has its rows and the count of all; losses and gradients are summed."""
+    batch, model = ragged(windows), bigram().double()
+    compute_loss(model(batch.tokens), batch.targets).backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters()]
+    expected = compute_loss(model(batch.tokens), batch.targets)
+    model.zero_grad()
+    num_tokens = sum(int(part.num_targets) for part in batch.split(len(batch.tokens) // ranks))
+    losses = []
+    for part in batch.split(len(batch.tokens) // ranks):
+        loss = compute_loss(model(part.tokens), part.targets, num_tokens=num_tokens)
+        loss.backward()
+        losses.append(loss)
+    assert abs(sum(losses) - expected) < 1e-12
+    for parameter, gradient in zip(model.parameters(), whole, strict=True):
+        assert (parameter.grad - gradient).abs().max() < 1e-12
 
 
 def state_of(trainer):
@@ -207,7 +235,7 @@ def test_on_an_accelerator_no_step_launched_after_a_non_finite_one_updates(bigra
     """The CPU plays the accelerator: a step is read only after the next was launched."""
     model = Poison(bigram(), "loss")
     trainer = build(model, "adamw")
-    trainer._halted = torch.zeros((), dtype=torch.bool)
+    trainer._guard = UpdateGuard(0, 0, trainer.device)  # as `fit` sets it
     trainer._step(windows())
     arm(model)
     before = state_of(trainer)

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from truestep.batch import Batch
+    from truestep.checkpoint.bundle import load_bundle, save_bundle
     from truestep.checkpoint.lock import CheckpointError
     from truestep.checkpoint.state import load_checkpoint, save_checkpoint
     from truestep.checkpoint.writer import CheckpointWriter
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from truestep.settings import ConfigError
     from truestep.training.companion import every
     from truestep.training.evaluate import Evaluation, evaluate
+    from truestep.training.guard import NonFiniteError
     from truestep.training.schedule import constant, warmup_cosine, warmup_stable_decay
-    from truestep.training.trainer import NonFiniteError, Trainer
+    from truestep.training.trainer import Trainer
 
 __all__ = [
     "GPT",
@@ -45,7 +47,9 @@ __all__ = [
     "evaluate",
     "every",
     "generate",
+    "load_bundle",
     "load_checkpoint",
+    "save_bundle",
     "save_checkpoint",
     "warmup_cosine",
     "warmup_stable_decay",
@@ -63,7 +67,7 @@ _MODULES = {
     "GPT": "model.gpt",
     "GPTConfig": "config",
     "JsonlSink": "observe.sinks",
-    "NonFiniteError": "training.trainer",
+    "NonFiniteError": "training.guard",
     "RunConfig": "config",
     "Sink": "observe.sinks",
     "StepMetrics": "metrics",
@@ -74,7 +78,9 @@ _MODULES = {
     "evaluate": "training.evaluate",
     "every": "training.companion",
     "generate": "model.generate",
+    "load_bundle": "checkpoint.bundle",
     "load_checkpoint": "checkpoint.state",
+    "save_bundle": "checkpoint.bundle",
     "save_checkpoint": "checkpoint.state",
     "warmup_cosine": "training.schedule",
     "warmup_stable_decay": "training.schedule",

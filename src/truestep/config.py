@@ -67,6 +67,9 @@ class TrainingConfig(Config):
     max_grad_norm: PositiveFloat | Literal["off"] = trajectory(1.0)
     """Gradients with a larger global norm are scaled down to it; off only measures."""
 
+    max_skipped_steps: int = trajectory(0, ge=0)
+    """Steps in a row that are skipped because loss or gradient is not finite; one more stops."""
+
     micro_batch_size: PositiveInt | Literal["auto"] = trajectory("auto")
     """Windows in one backward pass; a batch is split into as many as needed. auto: all of them."""
 
@@ -212,6 +215,12 @@ class RunSettings(Config):
 
     keep_checkpoints: int = cosmetic(2, ge=2)
     """Newest checkpoints to keep."""
+
+    keep_best_checkpoints: int = cosmetic(1, ge=0)
+    """Further checkpoints to keep: those of least validation loss. Above 0, validation saves."""
+
+    max_failed_saves: int = cosmetic(3, gt=0)
+    """Saves that may fail in a row, with a report each, before the run ends."""
 
     sample_prompt: str = cosmetic("")
     """Text that samples continue; empty: the start of a document."""

@@ -59,11 +59,37 @@ def compute_loss(
     return total / count
 
 
-def _cross_entropy_sum(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Tensor:
-    """Sum over rows, in float32 at least: the per-row losses are added by torch's pairwise sum."""
+def token_losses(
+    logits: Float[Tensor, "B T V"] | DeferredLogits, targets: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Return the cross-entropy of each target by itself, in nats; 0 where it is IGNORE_INDEX.
+
+    Their sum over the number of targets is `compute_loss`. Errors: as there.
+    """
+    _check(logits, targets)
+    labels = targets.flatten().long()
+    if isinstance(logits, DeferredLogits):
+        hidden = logits.hidden.flatten(0, 1)
+        weight = logits.weight.to(hidden.dtype)
+        chunks = zip(
+            torch.split(hidden, _ROWS_PER_CHUNK), torch.split(labels, _ROWS_PER_CHUNK), strict=True
+        )
+        losses = torch.cat([_cross_entropy(F.linear(rows, weight), part) for rows, part in chunks])
+    else:
+        losses = _cross_entropy(logits.flatten(0, 1), labels)
+    return losses.view(targets.shape)
+
+
+def _cross_entropy(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Tensor:
+    """Return each row's cross-entropy, in float32 at least."""
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none").sum()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def _cross_entropy_sum(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Tensor:
+    """Sum over rows: the per-row losses are added by torch's pairwise sum."""
+    return _cross_entropy(logits, labels).sum()
 
 
 def _chunked_sum(

@@ -11,6 +11,7 @@ class StepMetrics:
     `step` counts updates: the first logs 1, and its data was `batch_at(0)`. `loss` is the mean
     over the valid targets of the whole global batch, in nats. `grad_norm` is measured before
     clipping. `skipped` says that parameters and optimizer state were left as they were.
+    `batch_hash` is `Batch.hash()` of the step's data.
     """
 
     step: int
@@ -20,6 +21,7 @@ class StepMetrics:
     num_tokens: int
     step_seconds: float
     skipped: bool = False
+    batch_hash: str | None = None
 
     @property
     def tokens_per_second(self) -> float:

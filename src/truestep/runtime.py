@@ -224,6 +224,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which what was compiled runs as it is written, and calls its hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes 1.6 s
+        return contextlib.nullcontext()
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the best rate, in FLOP/s, of a few square matrix products on random data."""
     size = 2048 if device.type == "cpu" else 8192

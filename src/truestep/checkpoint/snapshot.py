@@ -12,7 +12,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from truestep.batch import Batch
 from truestep.checkpoint.commit import Validation
 from truestep.checkpoint.lock import CheckpointError
 from truestep.checkpoint.tensors import describe, safetensors_chunks, unstorable
@@ -88,9 +87,9 @@ def take_snapshot(
     trainer: Resumable,
     facts: Mapping[str, Any],
     validation: Validation | None = None,
-    batch: Batch | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] = {},
 ) -> Snapshot:
-    """Return the live state of a run, not yet copied, with a batch if one goes with it.
+    """Return the live state of a run, not yet copied, with the tensors of further files.
 
     Errors: CheckpointError for state that cannot be saved without pickle.
     """
@@ -103,9 +102,7 @@ def take_snapshot(
         "validation": validation and validation._asdict(),
         "facts": dict(facts),
     }
-    tensors = {MODEL_FILE: model.tensors, OPTIMIZER_FILE: optimizer_tensors}
-    if batch is not None:
-        tensors[BATCH_FILE] = {"tokens": batch.tokens, "targets": batch.targets, **batch.inputs}
+    tensors = {MODEL_FILE: model.tensors, OPTIMIZER_FILE: optimizer_tensors, **extra}
     return Snapshot(trainer.step, tensors, content)
 
 

@@ -104,6 +104,11 @@ def load_model(path: Path, model: nn.Module) -> dict[str, Any]:
     return content.facts
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return the facts saved with a checkpoint; its tensors are not read. Errors: as above."""
+    return _read_content(path)[0].facts
+
+
 def _read_content(path: Path) -> tuple[Content, dict[str, FileRecord]]:
     manifest, files = read_checkpoint_manifest(path)
     content = _checked_content(path, manifest)

@@ -15,6 +15,8 @@ _COMMANDS = {
     "sample": "Let a trained model write.",
     "evaluate": "Measure a trained model's loss and bits per byte.",
     "report": "Draw a run's plots and write its report page.",
+    "verify": "Check every stored byte of a run, a checkpoint or prepared data.",
+    "replay": "Compute steps of a run once more and compare them bit for bit.",
 }
 USAGE, RUNTIME = 2, 1
 

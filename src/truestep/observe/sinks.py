@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -85,12 +86,25 @@ class JsonlSink:
     Opening cuts the file back to the records of steps <= `from_step`, which stay byte for byte, so
     that no step stands twice after a resume. Floats are written as their shortest round-trip text,
     non-finite ones as the strings "nan", "inf" and "-inf".
+
+    With `say`, a record that the disk does not take is no error: it is told once, the record waits
+    in memory and is written before the next one; `sync` and `close` then raise what is still wrong.
     Errors: StorageError (an OSError) of one line for a disk that fails; ValueError for a file with
     a corrupt line.
     """
 
-    def __init__(self, path: Path, *, from_step: int = 0, storage: Storage = LOCAL) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        from_step: int = 0,
+        say: Callable[[str], object] | None = None,
+        storage: Storage = LOCAL,
+    ) -> None:
         self.path = path
+        self._say = say
+        self._waiting = b""
+        self._lock = threading.Lock()  # `sync` may be called from the thread that saves
         try:
             _cut_back(path, from_step, storage)
             self._stream = path.open("ab", buffering=0)
@@ -98,11 +112,41 @@ class JsonlSink:
             raise self._failed(error) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one flat record; when the disk fails, nothing of it remains."""
-        values = {key: _as_json(value) for key, value in record.items()}
+        """Append one flat record; when the disk fails, nothing of it remains there."""
+        values = {key: as_json(value) for key, value in record.items()}
         # ASCII: a terminal that shows the file finds no control or bidirectional character in it.
-        data = memoryview(f"{json.dumps(values, allow_nan=False)}\n".encode("ascii"))
-        end = self._stream.seek(0, 2)
+        line = f"{json.dumps(values, allow_nan=False)}\n".encode("ascii")
+        with self._lock:
+            told = bool(self._waiting)
+            self._waiting += line
+            try:
+                self._flush()
+            except StorageError as error:
+                if self._say is None:
+                    self._waiting = b""
+                    raise
+                if not told:
+                    self._say(f"{error}; its records wait in memory")
+
+    def sync(self) -> None:
+        """Return only when every record is on the medium."""
+        with self._lock:
+            self._flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            try:
+                if not self._stream.closed:
+                    self._flush()
+            finally:
+                self._stream.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        data, end = memoryview(self._waiting), self._stream.seek(0, 2)
         try:
             while data:
                 data = data[self._stream.write(data) :]
@@ -110,17 +154,12 @@ class JsonlSink:
             with contextlib.suppress(OSError):  # half a line would spoil the next one
                 self._stream.truncate(end)
             raise self._failed(error) from None
-
-    def sync(self) -> None:
-        """Return only when every record is on the medium."""
-        os.fsync(self._stream.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        self._waiting = b""
 
     def _failed(self, error: OSError) -> StorageError:
-        return StorageError(f"{self.path}: cannot be written: {error.strerror or error}")
+        failed = StorageError(f"{self.path}: cannot be written: {error.strerror or error}")
+        failed.errno = error.errno
+        return failed
 
 
 def _cut_back(path: Path, from_step: int, storage: Storage) -> None:
@@ -130,6 +169,6 @@ def _cut_back(path: Path, from_step: int, storage: Storage) -> None:
         replace_file(storage, path, b"".join(kept))
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a non-finite float as a string: JSON has no number for it."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,51 @@
-"""Buffers that a skipped step must leave as they were."""
+"""Which updates do not count, and the buffers that these must leave as they were."""
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from truestep.batch import Batch
+from truestep.metrics import StepMetrics
+
+if TYPE_CHECKING:
+    from truestep.training.diagnosis import Diagnosis
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient was not finite; parameters and optimizer state were left unchanged.
+
+    `metrics` and `batch` are that step's, `diagnosis` says where it came from.
+    """
+
+    def __init__(self, metrics: StepMetrics, batch: Batch, diagnosis: "Diagnosis") -> None:
+        self.metrics, self.batch, self.diagnosis = metrics, batch, diagnosis
+        super().__init__(
+            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; nothing "
+            f"was updated. {diagnosis}. Lower learning_rate or check this step's data"
+        )
+
+
+class UpdateGuard:
+    """Decides on the device which updates are skipped, so that the host need not wait for it.
+
+    An update whose loss or gradient is not finite is skipped, and so is one without a target, which
+    counts neither way. After more than `limit` that are not finite in a row it halts: none after
+    them updates anything.
+    """
+
+    def __init__(self, limit: int, skipped_in_a_row: int, device: torch.device) -> None:
+        self._limit = limit
+        self._in_a_row = torch.full((), skipped_in_a_row, device=device)
+        self._halted = torch.zeros((), dtype=torch.bool, device=device)
+
+    def judge(self, finite: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two flags: that this update leaves everything as it was, and that it halts."""
+        counts = num_tokens > 0
+        in_a_row = torch.where(finite, 0, self._in_a_row + 1)
+        self._in_a_row = torch.where(counts, in_a_row, self._in_a_row)
+        self._halted = self._halted | (self._in_a_row > self._limit)
+        return self._halted | ~finite | ~counts, self._halted
 
 
 class BufferGuard:

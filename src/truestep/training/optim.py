@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from truestep.training.schedule import Schedule
+
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 
@@ -136,3 +138,36 @@ def clip_gradients(gradients: list[Tensor], max_norm: float | None) -> Tensor:
     if norm.device.type != "cpu" or factor != 1:  # a CPU can look, and save a pass over memory
         torch._foreach_mul_(gradients, factor)
     return norm
+
+
+def clear_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Drop every gradient, also of parameters that only one of the two has."""
+    model.zero_grad()
+    optimizer.zero_grad()
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
+    """Set each group's rate for update `step`, 0 for the first; return the first group's.
+
+    Errors: ValueError for a schedule that returns no factor in [0, 1].
+    """
+    factor = schedule(step)
+    if not isinstance(factor, (int, float)) or not 0 <= factor <= 1:
+        raise ValueError(
+            f"schedule({step}) returned {factor!r}; it must be a factor in [0, 1] of the "
+            "peak learning rate"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def update(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Update the parameters, unless the device flag says to leave everything as it was."""
+    if skips_on_device(optimizer):
+        # The fused kernel reads the flag on the device; the host need not wait for it.
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skipped:
+        optimizer.step()

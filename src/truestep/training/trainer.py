@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,36 +12,33 @@ from torch import Tensor, nn
 from truestep import runtime
 from truestep.batch import Batch, check_token_ids
 from truestep.config import TrainingConfig
-from truestep.loss import compute_loss
 from truestep.metrics import StepMetrics
 from truestep.observe.sinks import ConsoleSink, Sink
 from truestep.training.companion import Companion
 from truestep.training.compose import build_optimizer, build_schedule, check_arguments
+from truestep.training.diagnosis import Diagnosis, diagnose
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
-from truestep.training.guard import BufferGuard
-from truestep.training.optim import clip_gradients, skips_on_device
-from truestep.training.probe import ModelFacts, logits_of, probe
+from truestep.training.forward import ForwardLoss
+from truestep.training.guard import BufferGuard, NonFiniteError, UpdateGuard
+from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
+from truestep.training.probe import ModelFacts, probe
 from truestep.training.schedule import Schedule, resolve_decay_steps
 
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient was not finite; parameters and optimizer state were left unchanged."""
+_NEVER = 2**62  # steps in a row: a single step halts nothing
 
 
 class _Launched(NamedTuple):
     """A step whose numbers may still be on their way from the device."""
 
     step: int
+    batch: Batch
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    halted: Tensor
     num_tokens: Tensor
     learning_rate: float
-
-
-def _is_non_finite(metrics: StepMetrics) -> bool:
-    return metrics.skipped and metrics.num_tokens > 0
 
 
 class Trainer:
@@ -80,8 +78,9 @@ class Trainer:
         self.step = 0
         self.stop_reason: str | None = None
         self.facts: ModelFacts | None = None  # what `prepare` learns from the first batch
-        self._forward_loss: Callable[..., Tensor] | None = None
-        self._halted: Tensor | None = None
+        self.skipped_in_a_row = 0  # steps up to now whose loss or gradient was not finite
+        self._forward: ForwardLoss | None = None
+        self._guard = UpdateGuard(_NEVER, 0, self.device)
         self._buffers = BufferGuard(model)
         self.mid_update = False  # an exception left the state between two steps
         self._stopping = False
@@ -117,30 +116,33 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         self.mid_update = True
         buffers = self._buffers.copy()
-        self._clear_gradients()
+        clear_gradients(self.model, self.optimizer)
         with self._step_state():
             for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
                 # Seeded by global position: dropout is a function of the step, with no state.
                 with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
                     loss = loss + self._forward_backward(micro_batch, num_tokens)
             grad_norm = self._clip_gradients()  # measured even when clipping is off
-            skipped = self._must_skip(loss.isfinite() & grad_norm.isfinite(), num_tokens)
-            learning_rate = self._set_learning_rates()
-            self._update(skipped)
+            finite = loss.isfinite() & grad_norm.isfinite()
+            skipped, halted = self._guard.judge(finite, num_tokens)
+            learning_rate = set_learning_rates(self.optimizer, self.schedule, self.step)
+            update(self.optimizer, skipped)
         self._buffers.restore(buffers, skipped)
-        self._clear_gradients()
+        clear_gradients(self.model, self.optimizer)
         self.step += 1
         self._steps_taken += 1
         self.mid_update = False
-        return _Launched(self.step, loss, grad_norm, skipped, num_tokens, learning_rate)
+        return _Launched(
+            self.step, batch, loss, grad_norm, skipped, halted, num_tokens, learning_rate
+        )
 
     def fit(self, data: StepData | Iterable[Any], num_steps: int | None = None) -> None:
         """Train up to step `num_steps` (default: the config's), calling the companions on the way.
 
         `data` has `batch_at(step)`, or is an iterable of batches. On an accelerator the record of
         a step is written while the next one runs; companions and the end wait for it.
-        Errors: NonFiniteError at a loss or gradient that is not finite; `step` then counts the
-        updates that were made.
+        Errors: NonFiniteError at a loss or gradient that is not finite, unless it is one of
+        `max_skipped_steps` in a row; `step` is then the one before it, and so is all state.
         """
         end = self.config.num_steps if num_steps is None else num_steps
         if not isinstance(end, int) or end < 1:
@@ -148,7 +150,7 @@ class Trainer:
         resumed = self.step != self._steps_taken
         if not self._stopping:  # a signal may come before the first step
             self.stop_reason = None
-        self._halted = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._guard = UpdateGuard(self.config.max_skipped_steps, self.skipped_in_a_row, self.device)
         self._clock = time.perf_counter()
         in_flight: list[_Launched] = []
         try:
@@ -166,11 +168,11 @@ class Trainer:
             in_flight.clear()  # launched after it, and halted: these updated nothing
             raise
         finally:
-            self._halted, self._stopping = None, False
+            self._guard, self._stopping = UpdateGuard(_NEVER, 0, self.device), False
             for launched in in_flight:  # an exception came between: what was done is still logged
-                metrics = self._report(launched)
-                if _is_non_finite(metrics):
-                    self._rewind(metrics.step - 1)
+                self._report(launched)
+                if launched.halted:
+                    self._rewind(launched.step - 1)
                     break
 
     def stop(self, reason: str) -> None:
@@ -195,23 +197,34 @@ class Trainer:
         run_flops = flops * batch.tokens.numel() * self.config.num_steps
         compile_it = runtime.resolve_compile(self.config.compile, self.device, run_flops)
         self.config = self.config.model_copy(update={"compile": "on" if compile_it else "off"})
-        model, precision, device = self.model, self.precision, self.device
+        self._forward = ForwardLoss(self.model, self.precision, self.device, compiled=compile_it)
 
-        # One unit of cast, model and loss; a closure, so that nothing that varies is traced.
-        def forward_loss(
-            tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
-        ) -> Tensor:
-            with runtime.computing(precision, device):
-                logits = logits_of(model(tokens, **inputs))
-            return compute_loss(logits, targets, num_tokens=num_tokens)
+    def token_losses(self, batch: Any) -> Tensor:
+        """Return the loss [B, T] of each target, as the next step would compute it from `batch`.
 
-        self._forward_loss = runtime.compiled(forward_loss) if compile_it else forward_loss
+        With that step's dropout, but uncompiled; 0 where a target is ignored. Nothing is updated.
+        """
+        with self._rehearsal(batch) as rehearsed:
+            return torch.cat([unit.token_losses(part) for unit, part in rehearsed])
+
+    def diagnose(self, batch: Any) -> Diagnosis:
+        """Return where the first number that is not finite comes from, if the next step has one.
+
+        The step is computed once more, uncompiled, which need not give the same bits. Nothing is
+        updated.
+        """
+        num_tokens = Batch.of(batch).num_targets.to(self.device)
+        with self._rehearsal(batch) as rehearsed:
+            return diagnose(
+                self.model,
+                ((part.index, partial(unit.eager, part, num_tokens)) for unit, part in rehearsed),
+            )
 
     # The parts of a step.
 
     def _checked(self, batch: Batch) -> Batch:
         """Return the batch as the model takes it, or refuse it before the device sees it."""
-        if self._forward_loss is None:
+        if self._forward is None:
             self.prepare(batch)
         if self.facts is not None:
             check_token_ids(batch, self.facts.vocab_size)
@@ -226,6 +239,24 @@ class Trainer:
         ):
             yield
 
+    @contextlib.contextmanager
+    def _rehearsal(self, batch: Any) -> Iterator[Iterator[tuple[ForwardLoss, Batch]]]:
+        """Go through the micro-batches of the next step as it would, and leave no trace."""
+        batch = self._checked(Batch.of(batch))
+        buffers = self._buffers.copy()
+
+        def micro_batches() -> Iterator[tuple[ForwardLoss, Batch]]:
+            assert self._forward is not None
+            for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
+                with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
+                    yield self._forward, micro_batch
+
+        try:
+            with self._step_state():
+                yield micro_batches()
+        finally:
+            self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, device=self.device))
+
     def micro_batch_size(self, batch: Batch) -> int:
         """Return how many rows of a batch one backward pass takes."""
         size = self.config.micro_batch_size
@@ -233,49 +264,16 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, num_tokens: Tensor) -> Tensor:
         """Add this micro-batch's share of the gradient; return its share of the loss."""
-        assert self._forward_loss is not None
-        loss = self._forward_loss(batch.tokens, batch.targets, dict(batch.inputs), num_tokens)
+        assert self._forward is not None
+        loss = self._forward(batch, num_tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
-
-    def _clear_gradients(self) -> None:
-        """Drop every gradient, also of parameters that the optimizer does not have."""
-        self.model.zero_grad()
-        self.optimizer.zero_grad()
 
     def _clip_gradients(self) -> Tensor:
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         max_norm = self.config.max_grad_norm
         return clip_gradients(gradients, None if max_norm == "off" else max_norm).to(self.device)
-
-    def _must_skip(self, finite: Tensor, num_tokens: Tensor) -> Tensor:
-        """Return the device flag that leaves everything as it was; in `fit` it is sticky."""
-        skip = ~finite
-        if self._halted is not None:
-            skip = self._halted = self._halted | skip  # no later step may update either
-        return skip | (num_tokens == 0)
-
-    def _set_learning_rates(self) -> float:
-        """Set each group's rate for this step; return the first group's."""
-        factor = self.schedule(self.step)
-        if not isinstance(factor, (int, float)) or not 0 <= factor <= 1:
-            raise ValueError(
-                f"schedule({self.step}) returned {factor!r}; it must be a factor in [0, 1] of the "
-                "peak learning rate"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def _update(self, skipped: Tensor) -> None:
-        if skips_on_device(self.optimizer):
-            # The fused kernel reads the flag on the device; the host need not wait for it.
-            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
-        elif not skipped:
-            self.optimizer.step()
 
     # What a step tells.
 
@@ -289,15 +287,21 @@ class Trainer:
             num_tokens=int(launched.num_tokens),
             step_seconds=time.perf_counter() - self._clock,
             skipped=bool(launched.skipped),
+            batch_hash=launched.batch.hash(),
         )
+        if metrics.num_tokens:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         self.log(metrics.as_record())
         self._clock = time.perf_counter()
         return metrics
 
     def _rewind(self, step: int) -> None:
-        """Go back to the last step that updated: those launched after it changed nothing."""
+        """Go back to the last step that counted: those launched after it changed nothing."""
         self._steps_taken -= self.step - step
         self.step = step
+        self.skipped_in_a_row -= 1
+        if step:
+            set_learning_rates(self.optimizer, self.schedule, step - 1)
 
     def _due(self, step: int, end: int) -> bool:
         return any(step % c.interval == 0 or step == end for c in self.companions)
@@ -305,12 +309,9 @@ class Trainer:
     def _finish(self, launched: _Launched, end: int) -> None:
         """Log a step of `fit`, stop at a number that is not finite, and call its companions."""
         metrics = self._report(launched)
-        if _is_non_finite(metrics):
+        if launched.halted:
             self._rewind(metrics.step - 1)
-            raise NonFiniteError(
-                f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; "
-                "nothing was updated. Lower learning_rate or check this step's data"
-            )
+            raise NonFiniteError(metrics, launched.batch, self.diagnose(launched.batch))
         for companion in self.companions:
             if metrics.step % companion.interval == 0 or metrics.step == end:
                 companion.function(self, metrics)

@@ -13,7 +13,8 @@ from truestep.data.prepare import readable_documents
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import dtype_of, is_prepared, open_prepared
 from truestep.training.evaluate import Evaluation, evaluate
-from truestep.workflows.run import load_trained, open_data, require_same_text
+from truestep.workflows.build import open_data, require_same_text
+from truestep.workflows.run import load_trained
 
 
 class _Text:

@@ -13,9 +13,7 @@ from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
 from truestep.checkpoint.state import load_model
 from truestep.config import RunConfig, RunSettings
 from truestep.data.corpus import Say
-from truestep.data.prepare import prepare_once
 from truestep.data.tokenizer import Tokenizer, load_tokenizer
-from truestep.data.tokens import PreparedData, open_prepared
 from truestep.model.generate import generate
 from truestep.model.gpt import GPT
 from truestep.runtime import resolve_device
@@ -28,7 +26,7 @@ CONFIG, MANIFEST, METRICS, SAMPLES = (
     "metrics.jsonl",
     "samples.jsonl",
 )
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BUNDLES, INSPECTIONS = "checkpoints", "bundles", "inspections"
 
 
 class RunError(ValueError):
@@ -135,35 +133,6 @@ def read_run_config(directory: Path) -> RunConfig:
     """Return the resolved settings that a run was made with."""
     path = directory / CONFIG
     return validate(RunConfig, {str(path): read_settings_file(path)})
-
-
-def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
-    """Return a run's data, prepared once below the directory of runs.
-
-    Errors: CorpusError or StorageError for a source that does not serve.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    directory = prepare_once(
-        config.data.source,
-        runs / ".data",
-        tokenizer=tokenizer,
-        validation=config.data.validation,
-        say=say,
-    )
-    return open_prepared(directory, tokenizer)
-
-
-def require_same_text(saved: dict[str, Any], fingerprint: str, source: str) -> None:
-    """Refuse other text than a run began with.
-
-    Errors: RunError naming the source and both fingerprints.
-    """
-    if saved["data_fingerprint"] != fingerprint:
-        raise RunError(
-            f"data.source={source} is not the text this run began with (fingerprint "
-            f"{saved['data_fingerprint'][:12]}, now {fingerprint[:12]}); restore it, or "
-            "start a new run"
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Which settings each step of a run was trained with, changes on the way included.
+
+`config.toml` holds the settings of now, `changes.jsonl` what was changed after which step.
+"""
+
+from pathlib import Path
+
+from truestep.config import RunConfig
+from truestep.observe.log import read_records
+from truestep.observe.sinks import JsonlSink
+from truestep.settings import difference, validate
+from truestep.workflows.run import METRICS, read_run_config
+
+CHANGES = "changes.jsonl"
+
+
+def record_changes(directory: Path, step: int, before: RunConfig, after: RunConfig) -> None:
+    """Write down, durably, what a run that goes on from `step` changes of what is trained."""
+    changes = [change for change in difference(before, after) if change[0].kept_on_resume]
+    if not changes and not (directory / CHANGES).exists():
+        return
+    sink = JsonlSink(directory / CHANGES, from_step=step - 1)  # what it changed before counts not
+    try:
+        for setting, old, new in changes:
+            sink.write({"step": step, "setting": setting.name, "before": old, "after": new})
+        sink.sync()
+    finally:
+        sink.close()
+
+
+def config_at(directory: Path, step: int) -> RunConfig:
+    """Return the settings that update `step` of a run was made with, 1 for the first.
+
+    Errors: ConfigError or ValueError naming the file, for one that was tampered with.
+    """
+    values = read_run_config(directory).model_dump(mode="json")
+    path = directory / CHANGES
+    for _, record in reversed(list(read_records(path))):
+        section, _, name = str(record.get("setting")).partition(".")
+        if name not in values.get(section, ()) or "before" not in record:
+            raise ValueError(f"{path}: {record} names no change of a setting; restore the file")
+        if record["step"] >= step:
+            values[section][name] = record["before"]
+    return validate(RunConfig, {f"{path} at step {step}": values})
+
+
+def next_change(directory: Path, step: int) -> int | None:
+    """Return the first step from `step` on after which settings were changed, if there is one."""
+    steps = [record["step"] for _, record in read_records(directory / CHANGES)]
+    return min((changed for changed in steps if changed >= step), default=None)
+
+
+def count_skipped(directory: Path, step: int) -> int:
+    """Return how many steps in a row, up to and with `step`, were skipped as not finite."""
+    in_a_row = 0
+    for _, record in read_records(directory / METRICS):
+        if record["step"] <= step and record.get("num_tokens"):
+            in_a_row = in_a_row + 1 if record.get("skipped") else 0
+    return in_a_row

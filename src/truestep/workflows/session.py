@@ -1,0 +1,137 @@
+"""What accompanies the steps of a run: its log, display, validation, samples and checkpoints."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from truestep import runtime
+from truestep.checkpoint.commit import Validation
+from truestep.checkpoint.writer import CheckpointWriter
+from truestep.data.loader import evaluation_batches
+from truestep.metrics import StepMetrics
+from truestep.observe.display import open_display
+from truestep.observe.log import read_records
+from truestep.observe.sinks import JsonlSink
+from truestep.training.companion import every
+from truestep.training.evaluate import Evaluation
+from truestep.training.trainer import Trainer
+from truestep.workflows.build import Training
+from truestep.workflows.run import CHECKPOINTS, METRICS, SAMPLES, write_text
+
+
+class Session:
+    """Attaches itself to a trainer whose step is where the run goes on; use it as a context.
+
+    A disk that takes neither records nor checkpoints is reported, and training goes on: records
+    wait in memory, and the run ends once `max_failed_saves` saves in a row have failed.
+    """
+
+    def __init__(self, directory: Path, training: Training) -> None:
+        config, trainer = training.config, training.trainer
+        self.training = training
+        self._validation: tuple[int, Validation] | None = None  # of that step
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self.display = open_display(
+                config.training.num_steps,
+                every=config.run.log_every,
+                flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
+                peak_flops_per_second=runtime.measure_peak_flops(
+                    trainer.device,
+                    torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32,
+                ),
+            )
+            stack.callback(self.display.close)
+            say = self.display.say
+            self._log, self._samples = (
+                JsonlSink(directory / name, from_step=trainer.step, say=say)
+                for name in (METRICS, SAMPLES)
+            )
+            stack.callback(self._log.close)
+            stack.callback(self._samples.close)
+            self._writer = CheckpointWriter(
+                directory / CHECKPOINTS,
+                keep=config.run.keep_checkpoints,
+                keep_best=config.run.keep_best_checkpoints,
+                max_failures=config.run.max_failed_saves,
+                say=say,
+                before_commit=self._log.sync,  # a checkpoint never knows more than the log
+            )
+            stack.callback(self._writer.close)
+            self._stack = stack.pop_all()
+        trainer.sinks = [self._log, self._writer, self.display]
+        trainer.companions = [
+            every(config.run.evaluate_every, self._validate),
+            every(config.run.save_every, lambda *_: self.save()),
+        ]
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the last save and close the files. Errors: OSError if the last save failed."""
+        self._stack.close()
+
+    def catch_up(self) -> None:
+        """Validate the step the run goes on from, where a signal cut its validation off."""
+        config, step = self.training.config, self.training.trainer.step
+        due = step % config.run.evaluate_every == 0 or step == config.training.num_steps
+        records = (record for _, record in read_records(self._log.path))
+        if step and due and not any("validation_loss" in r and r["step"] == step for r in records):
+            self._validate(self.training.trainer)
+
+    def save(self) -> None:
+        """Have the state of this step written, with its validation loss if it was measured."""
+        training = self.training
+        step, validation = self._validation or (-1, None)
+        self._writer.save(
+            training.trainer,
+            facts=training.saved_facts(),
+            validation=validation if step == training.trainer.step else None,
+        )
+
+    def _validate(self, trainer: Trainer, _: StepMetrics | None = None) -> None:
+        """Validate, let the model write, and save what may be the best."""
+        if trainer.stop_reason is not None:  # whoever stopped the run does not want to wait
+            return
+        run, step = self.training.config.run, trainer.step
+        last = step >= self.training.config.training.num_steps
+        result = self._evaluate(None if last else run.evaluation_windows)
+        record: dict[str, Any] = {"step": step, "validation_loss": result.loss}
+        trainer.log({**record, "validation_bits_per_byte": result.bits_per_byte})
+        self._write_sample(step)
+        if run.keep_best_checkpoints:
+            if last:  # comparable with those before only over the same windows
+                result = self._evaluate(run.evaluation_windows)
+            if math.isfinite(result.loss):
+                self._validation = step, Validation(result.loss, result.num_tokens)
+            self.save()
+
+    def _evaluate(self, num_windows: int | None) -> Evaluation:
+        config, data = self.training.config, self.training.data
+        batches = evaluation_batches(
+            data.validation,
+            context_length=config.model.context_length,
+            batch_size=config.data.batch_size,
+            num_windows=num_windows,
+        )
+        token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
+        return self.training.trainer.evaluate(batches, token_bytes=token_bytes)
+
+    def _write_sample(self, step: int) -> None:
+        run, training = self.training.config.run, self.training
+        text = write_text(
+            training.model,
+            training.data.tokenizer,
+            run.sample_prompt,
+            max_new_tokens=run.sample_tokens,
+            seed=training.config.training.seed,
+        )
+        self._samples.write({"step": step, "prompt": run.sample_prompt, "text": text})
+        self.display.sample(step, run.sample_prompt, text)

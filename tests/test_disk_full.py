@@ -1,0 +1,72 @@
+"""A disk that fills up while a run trains: told aloud, nothing lost, given up only in the end."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import log_of, train, weights_of, workplace  # noqa: F401 used by its name
+
+from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
+from truestep.cli import main
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="the limit of another process is set by prlimit"
+)
+SETTINGS = ["--training.num-steps", "60", "--run.save-every", "3", "--run.evaluate-every", "20"]
+
+
+def full_from(process, line):
+    """No file can grow any more: what the kernel answers is EFBIG, as a full disk's ENOSPC."""
+    if line.startswith("step 10 "):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+def run_with(react, *arguments):
+    command = [sys.executable, "-m", "truestep", "train", "tiny.toml", "--data", "text.txt"]
+    lines = []
+    with subprocess.Popen(
+        [*command, "--run.name", "cut", *SETTINGS, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            lines.append(line)
+            react(process, line)
+    return process.returncode, "".join(lines)
+
+
+def test_training_goes_on_over_a_full_disk_and_ends_with_the_same_bits_once_there_is_room():
+    assert train(*SETTINGS, "--run.name", "whole") == 0
+
+    def react(process, line):
+        full_from(process, line)
+        if line.startswith("saving failed (2 of"):
+            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+
+    code, text = run_with(react, "--run.max-failed-saves", "1000")
+    assert code == 0, text
+    assert "its records wait in memory" in text
+    assert "saving failed (1 of 1000)" in text
+    assert log_of("runs/cut") == log_of("runs/whole")
+    assert weights_of("runs/cut", 60) == weights_of("runs/whole", 60)
+
+
+def test_it_gives_up_after_so_many_failed_saves_and_the_last_checkpoint_is_untouched(capsys):
+    assert train(*SETTINGS, "--run.name", "whole") == 0
+    code, text = run_with(full_from)
+    assert code == 1, text
+    assert "saving failed (3 of 3)" in text
+    assert text.splitlines()[-1].startswith("error: ")
+    assert "make room, then go on with: truestep train --resume auto" in text.splitlines()[-1]
+    assert "Traceback" not in text
+    checkpoints = list_checkpoints(Path("runs/cut/checkpoints"))
+    assert len(checkpoints) >= 2
+    for _, path in checkpoints:
+        verify_checkpoint(path)
+    assert main(["train", "--resume", "runs/cut"]) == 0
+    assert log_of("runs/cut") == log_of("runs/whole")
+    assert weights_of("runs/cut", 60) == weights_of("runs/whole", 60)
