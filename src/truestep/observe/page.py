@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +10,17 @@ import numpy as np
 from truestep.observe import svg
 from truestep.observe.charts import make_charts
 from truestep.observe.log import Metrics, read_records
+from truestep.observe.markup import block, facts_list, line, write_page
 from truestep.observe.plots import read_run, summarize
-from truestep.observe.text import format_duration, printable, printable_line
+from truestep.observe.text import format_duration
 from truestep.settings import read_settings_file
-from truestep.storage import LOCAL, read_file, replace_file
+from truestep.storage import read_file
 
 _MANIFEST_LIMIT_BYTES = 2**20  # facts about a run, not data
 _MAX_SAMPLES = 12
 
 _STYLE = (
     """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --card: #f6f7f9; --ink: #1b2430; --faint: #626d7b; --line: #e3e6eb;
-  --blue: #2f6fde; --orange: #c9541e; --red: #c62f3b; --mark: #dfe9fc;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14181e; --card: #1c222b; --ink: #e4e8ee; --faint: #97a2b0; --line: #2c343f;
-    --blue: #6ea2ff; --orange: #f08a54; --red: #ff7680; --mark: #24385e;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 32px 20px 64px; max-width: 1040px;
-  background: var(--paper); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-}
-h1 { font-size: 26px; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 44px 0 14px; }
-h3 { font-size: 14px; margin: 0 0 6px; }
-.subtitle, .unit, .note { color: var(--faint); }
-.subtitle { margin: 4px 0 24px; overflow-wrap: anywhere; }
-dl.facts {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 10px; margin: 0;
-}
-dl.facts div { background: var(--card); border-radius: 8px; padding: 10px 14px; }
-dl.facts dt { color: var(--faint); font-size: 13px; }
-dl.facts dd { margin: 0; font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .charts { display: grid; grid-template-columns: 1fr; gap: 28px; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-bottom: 6px; }
@@ -60,21 +32,10 @@ figcaption h3 { margin: 0; }
   .wide { display: block; }
   .wide + .narrow { display: none; }
 }
-pre {
-  margin: 0; padding: 12px 14px; overflow-x: auto; max-height: 420px; tab-size: 4;
-  background: var(--card); border-radius: 8px;
-  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-}
 mark { background: var(--mark); color: inherit; border-radius: 3px; font-weight: 600; }
 .samples, .tables { display: grid; gap: 22px; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 760px) { .tables { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-caption { text-align: left; font-weight: 600; padding-bottom: 4px; }
-th, td {
-  text-align: left; font-weight: normal; vertical-align: top; overflow-wrap: anywhere;
-  padding: 4px 12px 4px 0; border-top: 1px solid var(--line);
-}
-th { color: var(--faint); width: 45%; }
+.tables th { width: 45%; }
 """
     + svg.STYLE
 )
@@ -90,7 +51,7 @@ def write_report(run: Path) -> Path:
     if not len(metrics.training["step"]):
         raise ValueError(f"{run} holds no steps yet; write the report once it has trained")
     manifest, facts = _read_manifest(run)
-    name = _text(run.resolve().name)
+    name = line(run.resolve().name)
     sections = [
         f'<h1>{name}</h1><p class="subtitle">{_subtitle(manifest)}</p>',
         _headline(metrics, manifest),
@@ -99,19 +60,7 @@ def write_report(run: Path) -> Path:
         _tables("Configuration", _config_tables(run)),
         _tables("Facts", [("", facts)] if facts else []),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # No script, no address: whatever a hostile name might have smuggled in stays inert.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name} · truestep</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
-    path = run / "report.html"
-    replace_file(LOCAL, path, page.encode())
-    return path
+    return write_page(run / "report.html", name, _STYLE, sections)
 
 
 def _subtitle(manifest: Mapping[str, Any]) -> str:
@@ -135,8 +84,7 @@ def _headline(metrics: Metrics, manifest: Mapping[str, Any]) -> str:
         facts.append(("skipped updates", f"{skipped:,}"))
     if isinstance(parameters := manifest.get("num_parameters"), int):
         facts.append(("parameters", f"{parameters:,}"))
-    cells = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
-    return f'<dl class="facts">{"".join(cells)}</dl>'
+    return facts_list(facts)
 
 
 def _curves(metrics: Metrics) -> str:
@@ -161,13 +109,17 @@ def _samples(path: Path) -> str:
     note = f", {count} of {len(records)}" if count < len(records) else ""
     blocks = (
         f"<section><h3>step {record['step']:,}</h3><pre>"
-        f"<mark>{_block(record.get('prompt'))}</mark>{_block(record.get('text'))}</pre></section>"
+        f"<mark>{_sample(record.get('prompt'))}</mark>{_sample(record.get('text'))}</pre></section>"
         for record in chosen
     )
     return (
         f'<h2>Samples <span class="note">newest first{note}</span></h2>'
         f'<div class="samples">{"".join(blocks)}</div>'
     )
+
+
+def _sample(text: Any) -> str:
+    return block(text) if isinstance(text, str) else ""
 
 
 def _config_tables(run: Path) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -184,7 +136,7 @@ def _config_tables(run: Path) -> list[tuple[str, list[tuple[str, str]]]]:
 def _tables(title: str, tables: list[tuple[str, list[tuple[str, str]]]]) -> str:
     blocks = []
     for name, rows in tables:
-        caption = f"<caption>{_text(name)}</caption>" if name else ""
+        caption = f"<caption>{line(name)}</caption>" if name else ""
         body = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in rows)
         blocks.append(f"<table>{caption}{body}</table>")
     return f'<h2>{title}</h2><div class="tables">{"".join(blocks)}</div>' if blocks else ""
@@ -207,7 +159,7 @@ def _read_manifest(run: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(_text(key), _value(value)) for key, value in _flatten(values)]
+    return [(line(key), _value(value)) for key, value in _flatten(values)]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -225,12 +177,4 @@ def _value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, list):
         return ", ".join(_value(item) for item in value)
-    return _text(value if isinstance(value, str) else json.dumps(value, default=str))
-
-
-def _text(text: str) -> str:
-    return escape(printable_line(text))
-
-
-def _block(text: Any) -> str:
-    return escape(printable(text)) if isinstance(text, str) else ""
+    return line(value if isinstance(value, str) else json.dumps(value, default=str))
