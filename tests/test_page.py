@@ -128,6 +128,38 @@ def test_hostile_names_and_texts_do_nothing(tmp_path):
     assert page.text.count(shown) >= 8
 
 
+def test_loss_spikes_are_listed_with_the_command_that_shows_their_text(run):
+    losses = [2.0, 2.1] * 200
+    losses[100], losses[300] = 5.25, 7.5
+    write_lines(run / "metrics.jsonl", [training(i, x) for i, x in enumerate(losses, start=1)])
+    page = Page(report(run))
+    words = re.split(r"\n+", page.text)
+    assert words[words.index("loss spikes") + 1] == "2"
+    first = words.index("101")
+    assert words[first : first + 3] == ["101", "5.250", "2.050"]
+    command = f"truestep inspect {run} --step"
+    assert [word for word in words if word.startswith("truestep inspect")] == [
+        f"{command} 101",
+        f"{command} 301",
+    ]
+
+
+def test_a_run_without_spikes_does_not_speak_of_them(run):
+    assert "spike" not in Page(report(run)).text
+
+
+def test_many_spikes_are_thinned_openly_and_the_highest_stay(run):
+    losses = [2.0, 2.1] * 500
+    places = range(100, 1000, 30)
+    for height, place in enumerate(places):
+        losses[place] = 10.0 + height
+    write_lines(run / "metrics.jsonl", [training(i, x) for i, x in enumerate(losses, start=1)])
+    text = Page(report(run)).text
+    assert "the 20 highest of 30" in text
+    shown = [place for place in places if f"--step {place + 1}\n" in text]
+    assert shown == list(places)[10:]
+
+
 @pytest.mark.parametrize("missing", ["samples.jsonl", "config.toml", "manifest.json"])
 def test_a_missing_piece_is_left_out(run, missing):
     (run / missing).unlink()

@@ -85,6 +85,7 @@ LOGS = {
     "one": [training(1)],
     "two": [training(1), training(2)],
     "all_nan": [training(step, "nan", grad_norm="inf", skipped=True) for step in range(1, 5)],
+    "spike": [training(step, 9.0 if step == 50 else 2.0) for step in range(1, 60)],
     "gaps": [training(step, "nan" if step % 3 else 2.0) for step in range(1, 30)],
     "zeros": [training(step, 0.0, grad_norm=0.0, learning_rate=0.0) for step in range(1, 5)],
     "huge": [training(step, 3e38 if step == 3 else 2.0, grad_norm=3e38) for step in range(1, 9)],
@@ -120,6 +121,22 @@ def test_rare_spikes_do_not_flatten_the_curve():
     assert low < losses.min()
     assert losses[0] * 0.8 < high < 2 * losses[0]
     assert chart.curves[1].values[-1] == pytest.approx(losses[-100:].mean())
+
+
+def test_every_loss_spike_is_marked_where_the_eye_finds_it(tmp_path):
+    losses = 2 + 0.01 * np.random.default_rng(0).random(3000)
+    losses[1000], losses[2000] = 1e9, 2.5
+    losses[2100:2400] += 0.5  # a rise is marked where it begins
+    chart = make_charts(columns(losses))[0]
+    (marks,) = [curve for curve in chart.curves if curve.style == "spike"]
+    assert marks.label == "loss spike"
+    assert marks.steps.tolist() == [1001, 2001, 2101]
+    assert marks.values.tolist() == [chart.limits[1], 2.5, losses[2100]]
+    path = draw_svg(chart, 1000, 370).split('class="spike" d="')[1].split('"')[0]
+    assert path.count("z") == 3
+    assert path.count(" 10.0l") == 1  # on the upper edge
+    without = make_charts(columns(np.full(3000, 2.0)))[0]
+    assert not [curve for curve in without.curves if curve.style == "spike"]
 
 
 def test_the_right_axis_converts_nats_a_token_to_bits_a_byte(tmp_path):

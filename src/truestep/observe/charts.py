@@ -7,6 +7,7 @@ from jaxtyping import Float, Shaped
 
 from truestep.observe.log import Column, Metrics
 from truestep.observe.series import Scale, decimate, smooth, ticks
+from truestep.observe.spikes import find_spikes
 
 
 class Curve(NamedTuple):
@@ -15,7 +16,7 @@ class Curve(NamedTuple):
     label: str
     steps: Shaped[np.ndarray, "N"]
     values: Float[np.ndarray, "N"]
-    style: Literal["raw", "main", "points", "warning"]
+    style: Literal["raw", "main", "points", "warning", "spike"]
 
 
 class Chart(NamedTuple):
@@ -84,10 +85,19 @@ def _loss_chart(metrics: Metrics) -> Chart:
         *_smoothed(training["step"], loss, smooth(loss)),
         Curve("validation", *decimate(validation["step"], validation["validation_loss"]), "points"),
         Curve("skipped update", *decimate(skipped, floor), "warning"),
+        _spike_marks(training["step"], loss, limits[1]),
     )
     chart = Chart("loss", "Loss", "nats per token", curves, limits)
     factor = _bits_per_byte_factor(validation)
     return chart._replace(right_unit="bits per byte", right_factor=factor) if factor else chart
+
+
+def _spike_marks(steps: Column, loss: Column, top: float) -> Curve:
+    """Return a mark at each spike, on the edge of the picture where the loss is beyond it."""
+    spikes = find_spikes(steps, loss)
+    losses = np.array([min(spike.loss, top) for spike in spikes], dtype=float)
+    marks = decimate(np.array([spike.step for spike in spikes], dtype=np.int64), losses)
+    return Curve("loss spike", *marks, "spike")
 
 
 def _noted(chart: Chart, note: str) -> Chart:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
+METRICS = "metrics.jsonl"  # in the directory of a run
+
 Column = Shaped[np.ndarray, "N"]
 
 # Column -> array type code and the value of a record that lacks it.

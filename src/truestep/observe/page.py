@@ -12,12 +12,14 @@ from truestep.observe.charts import make_charts
 from truestep.observe.log import Metrics, read_records
 from truestep.observe.markup import block, facts_list, line, write_page
 from truestep.observe.plots import read_run, summarize
+from truestep.observe.spikes import Spike, find_spikes, inspect_command
 from truestep.observe.text import format_duration
 from truestep.settings import read_settings_file
 from truestep.storage import read_file
 
 _MANIFEST_LIMIT_BYTES = 2**20  # facts about a run, not data
 _MAX_SAMPLES = 12
+_MAX_SPIKES = 20
 
 _STYLE = (
     """
@@ -52,10 +54,12 @@ def write_report(run: Path) -> Path:
         raise ValueError(f"{run} holds no steps yet; write the report once it has trained")
     manifest, facts = _read_manifest(run)
     name = line(run.resolve().name)
+    spikes = find_spikes(metrics.training["step"], metrics.training["loss"])
     sections = [
         f'<h1>{name}</h1><p class="subtitle">{_subtitle(manifest)}</p>',
-        _headline(metrics, manifest),
+        _headline(metrics, manifest, len(spikes)),
         _curves(metrics),
+        _spikes(spikes, run),
         _samples(run / "samples.jsonl"),
         _tables("Configuration", _config_tables(run)),
         _tables("Facts", [("", facts)] if facts else []),
@@ -69,7 +73,7 @@ def _subtitle(manifest: Mapping[str, Any]) -> str:
     return " · ".join([*parts, "a report by truestep"])
 
 
-def _headline(metrics: Metrics, manifest: Mapping[str, Any]) -> str:
+def _headline(metrics: Metrics, manifest: Mapping[str, Any], num_spikes: int) -> str:
     training = metrics.training
     tokens, seconds = int(training["num_tokens"].sum()), float(np.nansum(training["step_seconds"]))
     facts = [
@@ -82,6 +86,8 @@ def _headline(metrics: Metrics, manifest: Mapping[str, Any]) -> str:
         facts.append(("tokens per second", f"{tokens / seconds:,.0f}"))
     if skipped := int(training["skipped"].sum()):
         facts.append(("skipped updates", f"{skipped:,}"))
+    if num_spikes:
+        facts.append(("loss spikes", f"{num_spikes:,}"))
     if isinstance(parameters := manifest.get("num_parameters"), int):
         facts.append(("parameters", f"{parameters:,}"))
     return facts_list(facts)
@@ -98,6 +104,25 @@ def _curves(metrics: Metrics) -> str:
             f"<figure><figcaption><h3>{chart.title}</h3>{key}</figcaption>{drawn}</figure>"
         )
     return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+
+
+def _spikes(spikes: list[Spike], run: Path) -> str:
+    """Return a table of the spikes, or of the highest of them, in the order of their steps."""
+    if not spikes:
+        return ""
+    highest = sorted(spikes, key=lambda spike: spike.expected - spike.loss)[:_MAX_SPIKES]
+    note = f", the {_MAX_SPIKES} highest of {len(spikes):,}" if len(spikes) > _MAX_SPIKES else ""
+    rows = "".join(
+        f"<tr><td>{spike.step:,}</td><td>{spike.loss:.3f}</td><td>{spike.expected:.3f}</td>"
+        f"<td>{spike.deviations:.1f}</td><td><code>{line(inspect_command(spike, run))}</code></td>"
+        "</tr>"
+        for spike in sorted(highest)
+    )
+    return (
+        f'<h2>Loss spikes <span class="note">and how to see their text{note}</span></h2>'
+        "<table><tr><th>step</th><th>loss</th><th>median before it</th><th>deviations above</th>"
+        f"<th>command</th></tr>{rows}</table>"
+    )
 
 
 def _samples(path: Path) -> str:

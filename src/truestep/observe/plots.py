@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 
 from truestep.observe.charts import Chart, Curve, make_charts, step_limits, step_ticks
-from truestep.observe.log import Metrics, read_metrics
+from truestep.observe.log import METRICS, Metrics, read_metrics
 from truestep.observe.series import smooth, ticks
 from truestep.observe.text import encodable, format_tick, printable_line
 from truestep.storage import LOCAL, replace_file
-
-METRICS = "metrics.jsonl"
 
 _INK, _FAINT_INK, _GRID = "#1b2430", "#6b7684", "#e6e9ee"
 _STYLES: dict[str, dict[str, Any]] = {
@@ -20,6 +18,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "main": {"color": "#2f6fde", "linewidth": 1.8, "zorder": 3, "solid_capstyle": "round"},
     "points": {"color": "#d9622b", "linewidth": 1.2, "marker": "o", "markersize": 4.5, "zorder": 4},
     "warning": {"color": "#c62f3b", "linestyle": "none", "marker": "|", "markersize": 9},
+    # Marker 7 is a triangle whose tip stands on the point: on the frame's edge, it is above it.
+    "spike": {"color": "#c62f3b", "linestyle": "none", "marker": 7, "clip_on": False, "zorder": 5},
 }
 
 
@@ -99,7 +99,7 @@ def _draw_curves(axes: Any, chart: Chart) -> None:
     axes.set_axisbelow(True)
     if len(chart.curves) > 1:
         axes.legend(
-            frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower right", ncols=4,
+            frameon=False, fontsize=8.5, labelcolor=_INK, loc="lower right", ncols=5,
             bbox_to_anchor=(1, 1.155), borderaxespad=0,
         )  # fmt: skip
     if chart.right_unit:
@@ -114,7 +114,7 @@ def _draw_curves(axes: Any, chart: Chart) -> None:
 def _draw_curve(axes: Any, curve: Curve) -> None:
     style = _STYLES[curve.style]
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
-    if len(values) == 1 and curve.style != "warning":  # a line of one point would be invisible
+    if len(values) == 1 and "marker" not in style:  # a line of one point would be invisible
         style = style | {"marker": "o", "markersize": 4.5}
     axes.plot(curve.steps, values, label=curve.label, **style)
 

@@ -18,6 +18,7 @@ svg.chart .raw { stroke: var(--blue); stroke-width: 0.7; opacity: 0.35; }
 svg.chart .main { stroke: var(--blue); stroke-width: 1.8; }
 svg.chart .points { stroke: var(--orange); stroke-width: 1.2; }
 svg.chart .warning { stroke: var(--red); stroke-width: 2; }
+svg.chart .spike { fill: var(--red); }
 svg.chart .main.dot, svg.chart .raw.dot { fill: var(--blue); }
 svg.chart .points.dot { fill: var(--orange); }
 .key { color: var(--faint); font-size: 13px; margin-right: 14px; white-space: nowrap; }
@@ -28,6 +29,10 @@ svg.chart .points.dot { fill: var(--orange); }
 .key i.raw { opacity: 0.35; }
 .key i.points { background: var(--orange); }
 .key i.warning { background: var(--red); }
+.key i.spike {
+  width: 0; height: 0; border: solid transparent; border-width: 8px 5px 0; border-radius: 0;
+  border-top-color: var(--red); background: none;
+}
 """
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 24, 10, 28
@@ -112,6 +117,9 @@ def _curve(frame: _Frame, curve: Curve) -> str:
     ]
     if curve.style == "warning":
         return f'<path class="warning" d="{"".join(f"M{p[0]} {p[1]}v-7" for p in points if p)}"/>'
+    if curve.style == "spike":
+        marks = "".join(f"M{p[0]} {p[1]}l-4.5 -8h9z" for p in points if p)
+        return f'<path class="spike" d="{marks}"/>'
     path, is_gap = [], True
     for point in points:
         if point:
