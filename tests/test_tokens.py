@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sealing import sealed
 
@@ -314,6 +314,33 @@ def test_bytes_decode_to_the_text_they_encode(text):
     assert tokenizer.token_bytes[document].sum() == len(text.encode())
 
 
+@given(st.text().filter(lambda text: "\0" not in text), st.data())
+def test_a_character_stands_at_the_byte_that_completes_it(text, data):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text).tolist()
+    expected = [piece for char in text for piece in [""] * (len(char.encode()) - 1) + [char]]
+    assert tokenizer.pieces(ids) == expected
+    end = data.draw(st.integers(0, len(ids)))
+    with_an_end = [*ids[:end], tokenizer.end_of_document, *ids[end:]]
+    assert tokenizer.pieces(with_an_end) == [*expected[:end], "", *expected[end:]]
+
+
+@given(st.lists(st.integers(0, 255) | st.sampled_from([*"é€😀\ufffd".encode(), 0, 97])))
+@example([0xE2, 0x82, ord("(")])
+@example([0xE2, 0xE2, 0x82, 0xAC])
+@example([0xF0, 0x80, 0xFF, 0, 0xF0, 0x9F])
+@example([*"\ufffd".encode(), 0xE2, 0, 0x82])
+def test_pieces_of_any_bytes_are_the_decoded_text(ids):
+    tokenizer = ByteTokenizer()
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    for byte, piece in zip(ids, pieces, strict=True):
+        if byte < 128:  # whatever was broken before it, this byte is itself
+            assert piece == ("" if byte == tokenizer.end_of_document else chr(byte))
+        assert len(piece) <= 1
+
+
 def test_the_byte_tokenizer_refuses_what_it_cannot_stand_for():
     tokenizer = ByteTokenizer()
     with pytest.raises(ValueError, match="NUL at character 2"):
@@ -322,6 +349,8 @@ def test_the_byte_tokenizer_refuses_what_it_cannot_stand_for():
         tokenizer.decode([1, 256])
     with pytest.raises(ValueError, match="token id -1 is not a byte"):
         tokenizer.decode(np.array([-1]))
+    with pytest.raises(ValueError, match="token id 256 is not a byte"):
+        tokenizer.pieces([1, 256])
     assert tokenizer.decode([0xC3]) == "\ufffd"
     assert tokenizer.decode([]) == ""
     with pytest.raises(ValueError, match="tokenizer='bpe' is not known; use 'bytes'"):

@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+import codecs
 import hashlib
 from typing import Protocol
 
@@ -40,6 +41,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: ArrayLike) -> str:
         """Return the text of `ids`; what is not a character becomes U+FFFD."""
 
+    def pieces(self, ids: ArrayLike) -> list[str]:
+        """Return the text that each of `ids` adds; joined, they are `decode(ids)`.
+
+        A character of several ids stands at the one that completes it; the others, and the end of
+        a document, add nothing.
+        """
+
 
 class ByteTokenizer:
     """One id a byte of UTF-8; NUL, which text does not contain, ends a document."""
@@ -71,13 +79,35 @@ class ByteTokenizer:
 
         Errors: ValueError for an id that is not a byte.
         """
+        return self._bytes(ids).replace(b"\0", b"").decode(errors="replace")
+
+    def pieces(self, ids: ArrayLike) -> list[str]:
+        """Return the text that each of `ids` adds; a broken character stands at its last byte.
+
+        Errors: ValueError for an id that is not a byte.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces: list[str] = []
+        last = 0  # the last byte of text: what it began may turn out to be broken
+        for byte in self._bytes(ids):
+            pieces.append("")
+            if byte == self.end_of_document:
+                continue
+            text = decoder.decode(bytes([byte]))
+            if text and (len(text) > 1 or decoder.getstate()[0]):
+                pieces[last], text = text[0], text[1:]  # what was begun is broken: U+FFFD
+            last = len(pieces) - 1
+            pieces[last] = text
+        if rest := decoder.decode(b"", final=True):
+            pieces[last] = rest
+        return pieces
+
+    def _bytes(self, ids: ArrayLike) -> bytes:
         values = np.asarray(ids).reshape(-1)
         if values.size and not 0 <= values.min() <= values.max() < self.vocab_size:
             wrong = values[(values < 0) | (values >= self.vocab_size)][0]
             raise ValueError(f"token id {wrong} is not a byte; ids must be 0 to 255")
-        kept = values[values != self.end_of_document]
-        text: bytes = kept.astype(np.uint8).tobytes()
-        return text.decode(errors="replace")
+        return values.astype(np.uint8).tobytes()
 
 
 def load_tokenizer(name: str) -> Tokenizer:
