@@ -6,10 +6,10 @@
 from pathlib import Path
 
 from truestep.config import RunConfig
-from truestep.observe.log import read_records
+from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import JsonlSink
 from truestep.settings import difference, validate
-from truestep.workflows.run import METRICS, read_run_config
+from truestep.workflows.run import read_run_config
 
 CHANGES = "changes.jsonl"
 

@@ -10,7 +10,7 @@ from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
 from truestep.checkpoint.state import load_checkpoint, read_facts
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
-from truestep.observe.log import read_records
+from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import as_json
 from truestep.runtime import configure_process
 from truestep.training.guard import NonFiniteError
@@ -22,7 +22,7 @@ from truestep.workflows.build import (
     say_what_changed,
 )
 from truestep.workflows.history import config_at, count_skipped, next_change
-from truestep.workflows.run import CHECKPOINTS, METRICS, RunError
+from truestep.workflows.run import CHECKPOINTS, RunError
 
 # What must have the same bits; the rest of a record depends on the clock.
 _COMPARED = ("batch_hash", "learning_rate", "num_tokens", "loss", "grad_norm", "skipped")

@@ -20,12 +20,7 @@ from truestep.runtime import resolve_device
 from truestep.settings import read_settings_file, validate
 from truestep.storage import LOCAL, replace_file
 
-CONFIG, MANIFEST, METRICS, SAMPLES = (
-    "config.toml",
-    "manifest.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-)
+CONFIG, MANIFEST, SAMPLES = "config.toml", "manifest.json", "samples.jsonl"
 CHECKPOINTS, BUNDLES, INSPECTIONS = "checkpoints", "bundles", "inspections"
 
 

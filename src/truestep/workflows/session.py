@@ -13,13 +13,14 @@ from truestep.checkpoint.writer import CheckpointWriter
 from truestep.data.loader import evaluation_batches
 from truestep.metrics import StepMetrics
 from truestep.observe.display import open_display
-from truestep.observe.log import read_records
+from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import JsonlSink
+from truestep.observe.spikes import SpikeWatch
 from truestep.training.companion import every
 from truestep.training.evaluate import Evaluation
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training
-from truestep.workflows.run import CHECKPOINTS, METRICS, SAMPLES, write_text
+from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_text
 
 
 class Session:
@@ -61,8 +62,9 @@ class Session:
                 before_commit=self._log.sync,  # a checkpoint never knows more than the log
             )
             stack.callback(self._writer.close)
+            spikes = SpikeWatch(directory, say, from_step=trainer.step)
             self._stack = stack.pop_all()
-        trainer.sinks = [self._log, self._writer, self.display]
+        trainer.sinks = [self._log, self._writer, self.display, spikes]
         trainer.companions = [
             every(config.run.evaluate_every, self._validate),
             every(config.run.save_every, lambda *_: self.save()),

@@ -11,7 +11,7 @@ from truestep.checkpoint.state import load_checkpoint, read_facts
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.tokens import TokenSplit, is_prepared, open_prepared
-from truestep.observe.log import read_metrics, read_records
+from truestep.observe.log import METRICS, read_metrics, read_records
 from truestep.storage import MANIFEST, StorageError, read_manifest, verify_file
 from truestep.workflows.build import build_trainer
 from truestep.workflows.history import CHANGES, config_at
@@ -19,7 +19,6 @@ from truestep.workflows.run import (
     BUNDLES,
     CHECKPOINTS,
     CONFIG,
-    METRICS,
     SAMPLES,
     RunError,
     read_run_config,
