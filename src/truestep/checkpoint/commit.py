@@ -10,7 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +130,9 @@ def commit_checkpoint(
     path = directory / f"step-{step}"
     manifest = {**content, "format": FORMAT, "version": VERSION, "step": step}
     with RunLock(directory):
+        with suppress(PermissionError):  # one may write below what one may not read
+            # Whoever made `directory`, or the log beside it, may have died before this.
+            storage.sync_directory(directory.parent)
         for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of writers that died
             storage.remove(leftover)
         if os.path.lexists(path):
