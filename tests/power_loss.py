@@ -61,10 +61,10 @@ def look_everywhere(
 
 
 def new_run() -> SimpleNamespace:
-    """The smallest thing that can be saved: a model, an optimizer with state and a step."""
+    """The least that can be saved: a model of one tensor, an optimizer with state and a step."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torch.nn.Linear(2, 2)
+        model = torch.nn.Linear(2, 2, bias=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     return SimpleNamespace(model=model, optimizer=optimizer, step=0)
 

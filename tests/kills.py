@@ -1,0 +1,471 @@
+"""SIGKILL, for real, at any moment of a training run and of a save; then what is left is judged.
+
+This process imports everything and computes nothing: a process forked after a threaded backward
+hangs. So it is a process of its own, `python tests/kills.py`, and prints what it found as JSON.
+"""
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch._dynamo  # an optimizer's first step imports it, which takes a second
+from crashes import memory_directory
+from faults import FaultyStorage
+from power_loss import advance, files_of, new_run, problems_with_saves
+from victims import (
+    IDLE,
+    LEFTOVERS,
+    PLANS,
+    SAVING,
+    TRAINING,
+    Board,
+    Plan,
+    Victim,
+    WatchedStorage,
+    go_on,
+    warm_up,
+)
+
+from truestep import CheckpointWriter, load_checkpoint, save_checkpoint
+from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints, verify_checkpoint
+from truestep.storage import TEMPORARY_PREFIX, LocalStorage
+
+DEADLINE_SECONDS = 120  # a victim that lives longer hangs
+_CLOCK = ("_seconds", "_per_second")  # how the fields of a record end that no two runs share
+_SLOTS = 2
+_OFTEN = {"data", "forward", "backward", "update", "log", "evaluate", "create", "write", "sync"}
+
+Progress = Callable[[dict[str, Any]], object]
+
+
+def fork(function: Callable[[], object], errors: Path) -> int:
+    """Run `function` in a forked child and return its process id; an exception goes to a file."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+            signal.alarm(2 * DEADLINE_SECONDS)  # should the parent die before it can
+            function()
+            status = 0
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+            errors.write_text(traceback.format_exc())
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait_for(child: int, errors: Path) -> None:
+    """Wait until a child that nobody kills has ended well."""
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        said = errors.read_text() if errors.exists() else f"status {status}"
+        raise RuntimeError(f"a process that nobody killed failed: {said}")
+
+
+def prepare_to_fork() -> None:
+    """Leave as little as possible to be copied when a child touches it."""
+    torch.set_num_threads(1)
+    warm_up()
+    tasks = Path("/proc/self/task")
+    assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a thread was started"
+    gc.collect()
+    gc.freeze()
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system that a path is on, where the system says."""
+    mounts = Path("/proc/self/mounts")
+    lines = mounts.read_text().splitlines() if mounts.exists() else []
+    found = {point: kind for _, point, kind, *_ in map(str.split, lines)}
+    for parent in [path.resolve(), *path.resolve().parents]:
+        if str(parent) in found:
+            return found[str(parent)]
+    return "unknown"
+
+
+# Random kills.
+
+
+def digest_of(directory: Path, plan: Plan) -> str:
+    """Hash what a finished run ends with: parameters, optimizer state and log, without clocks."""
+    digest = hashlib.sha256()
+    checkpoint = directory / "checkpoints" / f"step-{plan.num_steps}"
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        digest.update((checkpoint / name).read_bytes())
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        record = {k: v for k, v in json.loads(line).items() if not k.endswith(_CLOCK)}
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class Figures:
+    """What is counted. All under `laws` must be 0, but for the hashes: one a configuration."""
+
+    kills: int = 0
+    kills_in_saves: int = 0
+    kills_by_phase: Counter = field(default_factory=Counter)
+    saves_killed_by_phase: Counter = field(default_factory=Counter)
+    commits_before_kills: int = 0
+    runs_finished: int = 0
+    corrupt_commits: int = 0
+    lost_commits: int = 0
+    failed_processes: int = 0
+    hangs: int = 0
+    hashes: dict[Plan, set[str]] = field(default_factory=dict)
+    wrong_ends: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kills": self.kills,
+            "kills_in_saves": self.kills_in_saves,
+            "kills_by_phase": {name: self.kills_by_phase[name] for name in TRAINING},
+            "saves_killed_by_phase": {name: self.saves_killed_by_phase[name] for name in SAVING},
+            "commits_before_kills": self.commits_before_kills,
+            "runs_finished": self.runs_finished,
+            "distinct_final_hashes": {
+                plan.optimizer: len(hashes) for plan, hashes in self.hashes.items()
+            },
+            "laws": {
+                "corrupt_commits": self.corrupt_commits,
+                "lost_commits": self.lost_commits,
+                "wrong_ends": self.wrong_ends,
+                "failed_processes": self.failed_processes,
+                "hangs": self.hangs,
+            },
+            "failures": self.failures[:5],
+        }
+
+
+class Slot:
+    """One line of victims: it forks them, kills them and judges what they leave."""
+
+    def __init__(self, place: Path, chooser: random.Random, figures: Figures) -> None:
+        self._place, self._chooser, self._figures = place, chooser, figures
+        self._board = Board()
+        self._errors = place / "error.txt"
+        self._wishes: list[str] = []  # phases still to kill at
+        self._wish = ""
+        self._lifetime = 0.2  # seconds, of a victim that nobody kills; learned
+        self._runs = 0
+        self._child: int | None = None
+        self._new_run()
+
+    def _new_run(self) -> None:
+        self._directory = self._place / f"run-{self._runs}"
+        self._directory.mkdir()
+        self.plan = PLANS[self._runs % len(PLANS)]
+        self._committed = 0
+        self._runs += 1
+
+    def start(self, *, to_be_killed: bool) -> None:
+        """Fork a victim, to be killed at a moment or at a phase."""
+        chooser, hold, self._kill_at = self._chooser, None, None
+        self._started = time.monotonic()
+        if to_be_killed and chooser.random() < 0.5:
+            self._kill_at = self._started + chooser.uniform(0, 1.1 * self._lifetime)
+        elif to_be_killed:
+            hold = self._next_wish()
+        count = 1
+        if hold in _OFTEN:
+            count = chooser.randint(1, 4)
+        self._board.clear()
+        self._board.committed = self._committed
+        self.arrivals, arrived = os.pipe()
+        self._errors.unlink(missing_ok=True)
+        victim = Victim(self._board, arrived, hold, count)
+        self._child = fork(lambda: go_on(self._directory, self.plan, victim), self._errors)
+        os.close(arrived)  # so that the other end closes with the child
+
+    def _next_wish(self) -> str:
+        """Return a phase to kill at that was not had yet; a leftover's as soon as there is one."""
+        if not self._wishes:
+            self._wishes = [*TRAINING, *SAVING]
+            self._chooser.shuffle(self._wishes)
+        leftover = any((self._directory / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"))
+        possible = [phase for phase in self._wishes if (phase in LEFTOVERS) <= leftover]
+        possible.sort(key=lambda phase: phase in LEFTOVERS)
+        self._wish = possible[-1] if possible else "sync"  # which leaves a leftover
+        return self._wish
+
+    @property
+    def idle(self) -> bool:
+        return self._child is None
+
+    def next_event(self) -> float:
+        """When something is to be done even if the victim says nothing."""
+        return self._started + DEADLINE_SECONDS if self._kill_at is None else self._kill_at
+
+    def attend(self, *, spoken: bool) -> None:
+        """Do what is due: kill the victim, or see how it ended."""
+        now = time.monotonic()
+        if spoken and os.read(self.arrivals, 1):  # it waits where it was told to
+            if self._wish in self._wishes:
+                self._wishes.remove(self._wish)
+            self._kill_at = now + self._chooser.choice([0.0, self._chooser.uniform(0, 0.005)])
+        elif spoken:
+            self._end()
+        elif now >= self.next_event():
+            assert self._child is not None
+            os.kill(self._child, signal.SIGKILL)
+            if self._kill_at is None:
+                self._figures.hangs += 1
+                self._figures.failures.append(
+                    f"hangs: {self._board.training}, {self._board.saving}"
+                )
+            self._end()
+
+    def kill(self) -> None:
+        """End the victim, whatever it does; nothing is counted."""
+        if self._child is not None:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            self._child = None
+
+    def _end(self) -> None:
+        assert self._child is not None
+        _, status = os.waitpid(self._child, 0)
+        self._child = None
+        os.close(self.arrivals)
+        figures = self._figures
+        self._judge_checkpoints()
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            figures.kills += 1
+            figures.kills_by_phase[self._board.training] += 1
+            if self._board.saving != IDLE:
+                figures.kills_in_saves += 1
+                figures.saves_killed_by_phase[self._board.saving] += 1
+            figures.commits_before_kills += self._committed > 0
+        elif status == 0:
+            self._lifetime += (time.monotonic() - self._started - self._lifetime) / 4
+            self._judge_end()
+            figures.runs_finished += 1
+            shutil.rmtree(self._directory)
+            self._new_run()
+        else:
+            figures.failed_processes += 1
+            said = self._errors.read_text() if self._errors.exists() else ""
+            figures.failures.append(f"status {status}: {said}")
+            self._new_run()
+
+    def _judge_checkpoints(self) -> None:
+        """Every listed checkpoint is whole, and what was committed is there or superseded."""
+        self._committed = self._board.committed
+        newest = 0
+        for step, path in list_checkpoints(self._directory / "checkpoints"):
+            try:
+                verify_checkpoint(path)
+            except DamagedCheckpointError as error:
+                self._figures.corrupt_commits += 1
+                self._figures.failures.append(str(error))
+            else:
+                newest = step
+        if newest < self._committed:
+            self._figures.lost_commits += 1
+            self._figures.failures.append(f"step {self._committed} was committed, {newest} found")
+
+    def _judge_end(self) -> None:
+        """The run has ended with the bits of the run that nobody killed, and tidily."""
+        figures, checkpoints = self._figures, self._directory / "checkpoints"
+        digest = digest_of(self._directory, self.plan)
+        figures.wrong_ends += digest not in figures.hashes[self.plan]
+        figures.hashes[self.plan].add(digest)
+        if list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")) or list(checkpoints.glob(".bad-*")):
+            figures.wrong_ends += 1
+            figures.failures.append(f"left: {sorted(p.name for p in checkpoints.iterdir())}")
+
+
+@contextlib.contextmanager
+def places() -> Iterator[list[Path]]:
+    """Where runs lie: on the disk of temporary files, where fsync is real, and in memory."""
+    with tempfile.TemporaryDirectory(prefix="truestep-") as disk, memory_directory() as memory:
+        yield [Path(disk), Path(memory)]
+
+
+def random_kills(
+    kills: int, *, seed: int = 0, progress: Progress = lambda figures: None
+) -> dict[str, Any]:
+    """Kill runs at random moments and in every phase, `kills` times; all of them end the same.
+
+    Half of the kills come after a random time, half where a victim waits at a phase in turn. The
+    last runs are then left to end.
+    """
+    prepare_to_fork()
+    started, figures = time.monotonic(), Figures()
+    with places() as directories, contextlib.ExitStack() as stack:
+        for plan in PLANS:
+            whole = directories[1] / plan.optimizer
+            whole.mkdir()
+            errors = directories[1] / "error.txt"
+            wait_for(fork(lambda: go_on(whole, plan, Victim(Board())), errors), errors)  # noqa: B023 - forked at once
+            figures.hashes[plan] = {digest_of(whole, plan)}
+        slots = []
+        for number in range(_SLOTS):
+            place = directories[number % len(directories)]
+            chooser = random.Random(f"{seed} {number}")
+            slots.append(Slot(place, chooser, figures))
+            stack.callback(slots[-1].kill)
+        systems = [file_system(directory) for directory in directories]
+        last: set[int] = set()  # slots whose victims are no longer killed
+        told = 0.0
+        while True:
+            for number, slot in enumerate(slots):
+                if slot.idle and figures.kills + sum(not s.idle for s in slots) < kills:
+                    slot.start(to_be_killed=True)
+                elif slot.idle and figures.kills >= kills and number not in last:
+                    last.add(number)
+                    slot.start(to_be_killed=False)
+            busy = [slot for slot in slots if not slot.idle]
+            if not busy:
+                break
+            pause = max(0.0, min(slot.next_event() for slot in busy) - time.monotonic())
+            spoken, _, _ = select.select([slot.arrivals for slot in busy], [], [], pause)
+            for slot in busy:
+                slot.attend(spoken=slot.arrivals in spoken)
+            if time.monotonic() - told > 2:
+                told = time.monotonic()
+                progress(figures.as_dict())
+    seconds = round(time.monotonic() - started, 1)
+    return {**figures.as_dict(), "file_systems": systems, "seconds": seconds}
+
+
+# A kill before every operation of a save.
+
+
+class Killer:
+    """Kills its own process when a storage enters an operation for the `number`-th time."""
+
+    def __init__(self, number: int | None) -> None:
+        self._number = number
+        self.phases: list[str] = []
+
+    def __call__(self, phase: str) -> None:
+        if phase in {"between operations", IDLE}:
+            return
+        if len(self.phases) == self._number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.phases.append(phase)
+
+
+def save_third_step(directory: Path, mode: str, storage: LocalStorage) -> None:
+    """Go on from step 2 and save step 3, in the foreground or in the background."""
+    run = new_run()
+    load_checkpoint(directory / "step-2", run)
+    advance(run)
+    if mode == "foreground":
+        save_checkpoint(run, directory, storage=storage)
+    else:
+        with CheckpointWriter(directory, storage=storage, say=lambda text: None) as writer:
+            writer.save(run)
+
+
+def sweep(faults: tuple[str, ...] = ("kill",)) -> dict[str, Any]:
+    """Have every operation of a save be the last one, or fail; both modes of saving.
+
+    `kill` also comes in the middle of each write and of the removal of a directory. The others are
+    faults of `FaultyStorage`.
+    """
+    prepare_to_fork()
+    started = time.monotonic()
+    counts: Counter = Counter()
+    phases, failures = Counter(), []
+    with memory_directory() as memory:
+        root = Path(memory)
+        base, errors, board = root / "base" / "checkpoints", root / "error.txt", Board()
+
+        def save_two() -> None:
+            run = new_run()
+            for _ in range(2):
+                advance(run)
+                save_checkpoint(run, base)
+
+        wait_for(fork(save_two, errors), errors)
+
+        def attempt(name: str, mode: str, storage: Callable[[], LocalStorage]) -> tuple[int, Path]:
+            directory = root / name / "checkpoints"
+            shutil.copytree(base, directory)
+            board.clear()
+            child = fork(lambda: save_third_step(directory, mode, storage()), errors)
+            _, status = os.waitpid(child, 0)
+            return status, directory
+
+        # What a save does when nobody disturbs it, told through a file.
+        totals: dict[tuple[str, str], list[str]] = {}
+        for mode in ("foreground", "background"):
+            for fault in faults:
+                log, directory = root / "phases.json", root / f"whole-{mode}-{fault}"
+                shutil.copytree(base, directory)
+
+                def whole(mode=mode, fault=fault, log=log, directory=directory):
+                    killer = Killer(None)
+                    storage = WatchedStorage(killer) if fault == "kill" else FaultyStorage()
+                    save_third_step(directory, mode, storage)
+                    log.write_text(json.dumps(killer.phases or storage.operations))
+
+                wait_for(fork(whole, errors), errors)
+                totals[mode, fault] = json.loads(log.read_text())
+        saved = {1: base, 2: base, 3: directory}
+        history = {step: files_of(saved[step] / f"step-{step}") for step in saved}
+
+        def commit(step: int) -> None:
+            board.committed = step
+
+        for (mode, fault), operations in totals.items():
+            for number, operation in enumerate(operations):
+
+                def storage(number=number, fault=fault):
+                    if fault == "kill":
+                        return WatchedStorage(Killer(number), commit)
+                    return FaultyStorage(number, fault)
+
+                status, directory = attempt(f"{mode}-{fault}-{number}", mode, storage)
+                killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+                returned = status == 0 or board.committed == 3
+                marks = [(kind, step) for step in (1, 2) for kind in ("started", "committed")]
+                marks += [("started", 3)]
+                marks += [("committed", 3)] if returned else []
+                problems = problems_with_saves(directory, history, marks)
+                if fault == "kill" and not killed:
+                    problems.append("it was not killed")
+                counts[fault] += 1
+                phases[operation] += fault == "kill"
+                failures += [f"{mode}, {fault} at {number}, {operation}: {p}" for p in problems]
+                shutil.rmtree(directory.parent)
+    return {
+        "attempts": dict(counts),
+        "kills_by_phase": dict(phases),
+        "laws": {"broken": len(failures)},
+        "failures": failures[:5],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    found = {"sweep": sweep(), "random": random_kills(options.kills, seed=options.seed)}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
