@@ -3,10 +3,12 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+KILLS ?= 10000
+CORRUPTIONS ?= 100000
 SOURCES := src tests examples benchmarks docs
 export PYTHONHASHSEED := 0
 
-.PHONY: train test lint format docs bench clean
+.PHONY: train test lint format docs bench torture clean
 
 train: $(VENV)/train.stamp
 	@$(BIN)/truestep train configs/quickstart.toml
@@ -40,6 +42,9 @@ docs: $(VENV)/train.stamp
 
 bench: $(VENV)/train.stamp
 	$(BIN)/python benchmarks/throughput.py --workloads W1 W2 W3
+
+torture: $(VENV)/test.stamp
+	@$(BIN)/python -B tests/torture.py --kills $(KILLS) --corruptions $(CORRUPTIONS) --output docs/torture.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

@@ -71,9 +71,20 @@ def fork(function: Callable[[], object], errors: Path) -> int:
     return child
 
 
+def end_of(child: int) -> int:
+    """Wait for a child and return its status; if the wait is interrupted, the child is killed."""
+    try:
+        return os.waitpid(child, 0)[1]
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
+
+
 def wait_for(child: int, errors: Path) -> None:
     """Wait until a child that nobody kills has ended well."""
-    _, status = os.waitpid(child, 0)
+    status = end_of(child)
     if status != 0:
         said = errors.read_text() if errors.exists() else f"status {status}"
         raise RuntimeError(f"a process that nobody killed failed: {said}")
@@ -377,7 +388,9 @@ def save_third_step(directory: Path, mode: str, storage: LocalStorage) -> None:
             writer.save(run)
 
 
-def sweep(faults: tuple[str, ...] = ("kill",)) -> dict[str, Any]:
+def sweep(
+    faults: tuple[str, ...] = ("kill",), *, progress: Progress = lambda figures: None
+) -> dict[str, Any]:
     """Have every operation of a save be the last one, or fail; both modes of saving.
 
     `kill` also comes in the middle of each write and of the removal of a directory. The others are
@@ -404,8 +417,7 @@ def sweep(faults: tuple[str, ...] = ("kill",)) -> dict[str, Any]:
             shutil.copytree(base, directory)
             board.clear()
             child = fork(lambda: save_third_step(directory, mode, storage()), errors)
-            _, status = os.waitpid(child, 0)
-            return status, directory
+            return end_of(child), directory
 
         # What a save does when nobody disturbs it, told through a file.
         totals: dict[tuple[str, str], list[str]] = {}
@@ -446,9 +458,10 @@ def sweep(faults: tuple[str, ...] = ("kill",)) -> dict[str, Any]:
                 if fault == "kill" and not killed:
                     problems.append("it was not killed")
                 counts[fault] += 1
-                phases[operation] += fault == "kill"
+                phases.update([operation] if fault == "kill" else [])
                 failures += [f"{mode}, {fault} at {number}, {operation}: {p}" for p in problems]
                 shutil.rmtree(directory.parent)
+                progress({"attempts": sum(counts.values())})
     return {
         "attempts": dict(counts),
         "kills_by_phase": dict(phases),

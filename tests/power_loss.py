@@ -5,10 +5,12 @@ puts that on a disk and returns how many states it looked at and what was wrong 
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from crashes import Journal, crash_everywhere, memory_directory, read_tree, write_tree
@@ -288,7 +290,21 @@ SCENARIOS = {
 }
 
 
-def lose_power(*, limit: int, seed: int = 0) -> Iterator[tuple[str, Outcome]]:
-    """Yield every scenario's name and outcome."""
-    for name, scenario in SCENARIOS.items():
-        yield name, scenario(limit=limit, seed=seed)
+def lose_power(
+    *, limit: int, seeds: int, progress: Callable[[dict[str, Any]], object] = lambda figures: None
+) -> dict[str, Any]:
+    """Go through every scenario with each of so many seeds, and count."""
+    started, states, failures = time.monotonic(), dict.fromkeys(SCENARIOS, 0), []
+    for seed in range(seeds):
+        for name, scenario in SCENARIOS.items():
+            outcome = scenario(limit=limit, seed=seed)
+            states[name] += outcome.states
+            failures += [f"{name}: {problem}, {n}" for problem, n in outcome.problems.items()]
+            progress({"states": sum(states.values()), "seeds": seed})
+    return {
+        "states": sum(states.values()),
+        "by_scenario": states,
+        "laws": {"broken": len(failures)},
+        "failures": failures[:5],
+        "seconds": round(time.monotonic() - started, 1),
+    }
