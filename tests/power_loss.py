@@ -259,24 +259,22 @@ def prepared_data(
         source.mkdir()
         for number in range(12):
             (source / f"{number}.txt").write_text(f"text {number}, and a little more of it\n" * 2)
-        root = Path(memory) / "cache"
+        root, below = Path(memory) / "runs", Path("new", "cache", "text-1")
         root.mkdir()
         journal = make_journal(root)
-        prepare(
-            str(source), root / "text-1", tokenizer=tokenizer, storage=journal, shard_tokens=300
-        )
+        options = {"tokenizer": tokenizer, "shard_tokens": 300}
+        prepare(str(source), root / below, storage=journal, **options)
         journal.mark("returned")
-        expected = read_tree(root / "text-1")
+        expected = read_tree(root / below)
 
         def look(place: Path, marks: list) -> list[str]:
-            visible = [p.name for p in place.iterdir() if not p.name.startswith(TEMPORARY_PREFIX)]
-            if not visible and marks:
-                return ["what was prepared is lost"]
-            if not visible:
-                prepare(str(source), place / "text-1", tokenizer=tokenizer, shard_tokens=300)
-            return (
-                [] if read_tree(place / "text-1") == expected else ["half of the data is visible"]
-            )
+            target = place / below
+            problems = ["what was prepared is lost"] if marks and not target.exists() else []
+            if not target.exists():
+                prepare(str(source), target, **options)
+            if read_tree(target) != expected:
+                problems.append("half of the data is visible")
+            return problems
 
         return look_everywhere(journal, limit, seed, look)
 

@@ -132,7 +132,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="where the figures go, as JSON")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     started, source = time.monotonic(), commit()
     found, interrupted = run_parts(options)
     broken = broken_laws(found)
