@@ -18,7 +18,7 @@ from truestep.observe.text import printable_line
 WINDOW_STEPS = 100  # finite losses that a step is compared with
 MIN_STEPS = 20  # fewer do not say what is normal
 CALM_STEPS = 10  # a rise is over after so many finite losses that are not high
-# Of 25,800 steps of small byte models at batches of 128 to 2,048 tokens, two exceed these, both of
+# Of 26,400 steps of small byte models at batches of 128 to 2,048 tokens, two exceed these, both of
 # rare text (a table of accented letters, lists of addresses); normal noise never did.
 MIN_DEVIATIONS = 8.0
 MIN_NATS = 0.3
