@@ -7,7 +7,7 @@ import difflib
 import json
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -206,6 +206,19 @@ def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
         (setting, _value(old, setting.name), _value(new, setting.name))
         for setting in settings(type(new))
         if _value(old, setting.name) != _value(new, setting.name)
+    ]
+
+
+def refused_changes(old: C, new: C, allowed: Collection[str] = ()) -> list[str]:
+    """Return a line for each setting that a resumed run must keep and that `new` changes.
+
+    Those named in `allowed` may change. Every line has the old value, the new one and the remedy.
+    """
+    return [
+        f"{setting.name} was {_shown(before)} in this run and is now {_shown(after)}, which "
+        f"changes what is trained; leave it out, or allow it by --override {setting.name}"
+        for setting, before, after in difference(old, new)
+        if setting.kept_on_resume and setting.name not in allowed
     ]
 
 
