@@ -1,6 +1,8 @@
 """A run's directory: its name, its settings, its checkpoints, and the model in it."""
 
 import json
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,11 @@ from truestep.model.gpt import GPT
 from truestep.runtime import resolve_device
 from truestep.settings import read_settings_file, validate
 from truestep.storage import LOCAL, replace_file
+from truestep.workflows.resources import checkpoint_bytes, num_checkpoints
 
 CONFIG, MANIFEST, SAMPLES = "config.toml", "manifest.json", "samples.jsonl"
 CHECKPOINTS, BUNDLES, INSPECTIONS = "checkpoints", "bundles", "inspections"
+_PROBE_BYTES = 2**16  # settings, facts and the first lines of the logs
 
 
 class RunError(ValueError):
@@ -40,13 +44,48 @@ def check_new_run(settings: RunSettings) -> None:
             raise _taken(root / settings.name)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
+        _write_and_forget(root)
     except OSError as error:
         raise RunError(
             f"run.directory={root} cannot be written: {error.strerror}; "
             "choose another with --run.directory"
         ) from None
+
+
+def check_room(config: RunConfig, directory: Path) -> None:
+    """Refuse a directory that cannot be written, or too full for a run's checkpoints.
+
+    `directory` is that of all runs, or an existing run's own, whose checkpoints count as room.
+    Errors: RunError with the figures and the remedy.
+    """
+    try:
+        _write_and_forget(directory)
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise RunError(
+            f"{directory} cannot be written: {error.strerror}; make it writable, or go on with a "
+            "copy elsewhere"
+        ) from None
+    each, most = checkpoint_bytes(config), num_checkpoints(config)
+    needed = each * max(1, most - len(list_checkpoints(directory / CHECKPOINTS)))
+    if free < needed:
+        raise RunError(
+            f"{directory} has {_mebibytes(free)} free, but this run needs {_mebibytes(needed)} "
+            f"more for checkpoints ({most} of {_mebibytes(each)} at one time); make room, choose "
+            "another place, a smaller model or a lower run.keep_checkpoints"
+        )
+
+
+def _write_and_forget(directory: Path) -> None:
+    """Bring real bytes to the disk in a file without a name: a full disk takes an empty one."""
+    with tempfile.TemporaryFile(dir=directory) as stream:
+        stream.write(bytes(_PROBE_BYTES))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def claim_directory(settings: RunSettings, source: str) -> Path:

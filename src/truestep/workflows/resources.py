@@ -1,0 +1,42 @@
+"""What a run needs of the machine, known before it is built."""
+
+from truestep.config import GPTConfig, RunConfig
+from truestep.data.tokenizer import load_tokenizer
+from truestep.model.gpt import resolve_shape
+
+_FLOAT32_BYTES = 4
+
+
+def count_parameters(shape: GPTConfig) -> int:
+    """Return how many numbers the reference model of this shape trains; `vocab_size` is a number.
+
+    Tied embeddings count once.
+    """
+    shape = resolve_shape(shape)
+    vocab_size, kv_heads, mlp_width = (
+        int(size) for size in (shape.vocab_size, shape.num_kv_heads, shape.mlp_width)
+    )
+    width, head = shape.width, shape.width // shape.num_heads
+    attention = 2 * width * width + 2 * width * kv_heads * head + (2 * head if shape.qk_norm else 0)
+    layer = attention + 3 * width * mlp_width + 2 * width
+    embeddings = vocab_size * width * (1 if shape.tie_embeddings else 2)
+    return embeddings + shape.num_layers * layer + width
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Return what one checkpoint of a run holds at least: parameters and moments in float32."""
+    shape = config.model
+    if shape.vocab_size == "auto":
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+        shape = shape.model_copy(update={"vocab_size": vocab_size})
+    copies = 3 if config.training.optimizer == "adamw" else 2  # Muon has one moment, not two
+    return _FLOAT32_BYTES * copies * count_parameters(shape)
+
+
+def num_checkpoints(config: RunConfig) -> int:
+    """Return how many checkpoints lie beside each other at most: a new one before an old one goes.
+
+    A short run makes fewer.
+    """
+    saves = -(-config.training.num_steps // config.run.save_every)
+    return min(saves, config.run.keep_checkpoints + 1)
