@@ -7,15 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_cli import TINY
 
-from truestep import GPT, GPTConfig
+from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compute_loss
+from truestep.batch import Batch
 from truestep.cli import main
 from truestep.config import resolve
+from truestep.runtime import computing
+from truestep.training.footprint import step_bytes
+from truestep.workflows.memory import (
+    MemoryExhaustedError,
+    explain_out_of_memory,
+    is_out_of_memory,
+    memory_explained,
+)
 from truestep.workflows.resources import checkpoint_bytes, count_parameters, num_checkpoints
 from truestep.workflows.run import RunError, check_room
 
@@ -181,3 +192,173 @@ def test_a_place_of_somebody_else_is_refused():
         "runs cannot be written: Permission denied; make it writable, or go on with a copy "
         "elsewhere",
     ]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [{"vocab_size": 300}, {"vocab_size": 20000, "dropout": 0.1}])
+def test_the_memory_of_a_step_is_what_torchs_profiler_counts(shape, precision):
+    model = GPT(GPTConfig(context_length=24, num_layers=2, num_heads=2, width=32, **shape))
+    batch = Batch.of(torch.zeros(6, 25, dtype=torch.long))
+
+    def step():
+        with computing(precision, torch.device("cpu")):
+            logits = model(batch.tokens)
+        compute_loss(logits, batch.targets).backward()
+        model.zero_grad()
+
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    peak = np.cumsum([nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])]).max()
+    assert step_bytes(model, batch, 6, precision) == pytest.approx(peak, rel=1e-3)
+    assert step_bytes(model, batch, 2, precision) < 0.6 * peak
+
+
+def allocate(function):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        function()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "amount"),
+    [
+        (allocate(lambda: torch.empty(2**55, dtype=torch.uint8)), f"{2**35:,} MiB"),
+        (allocate(lambda: np.empty(2**55, dtype=np.uint8)), "32.0 PiB"),
+        (allocate(lambda: bytes(2**55)), "what is needed"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has\n…"),
+            "2.50 GiB",
+        ),
+        (RuntimeError("std::bad_alloc"), "what is needed"),
+    ],
+    ids=["torch", "numpy", "python", "cuda", "c++"],
+)
+def test_memory_that_ran_out_is_recognised_and_said_in_one_line(error, amount):
+    assert is_out_of_memory(error)
+    assert explain_out_of_memory(error).startswith(f"out of memory: {amount} could not be had; use")
+
+
+def test_another_error_is_none_of_memory(bigram, windows):
+    trainer = Trainer(bigram(), sinks=[])
+    for error in (RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(28, "full")):
+        assert not is_out_of_memory(error)
+        with pytest.raises(type(error)) as caught, memory_explained(trainer, windows(), Path("x")):
+            raise error
+        assert caught.value is error
+
+
+class ForksOnValues(torch.nn.Module):
+    """A model that cannot run on tensors without values."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens) * (2 if bool((tokens > 5).any()) else 1)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "micro_batch_size", "words"),
+    [
+        (torch.nn.Sequential, 2, "it needs about 0 MiB, and .* MiB were free; 1 needs 0 MiB: go"),
+        (torch.nn.Sequential, 1, "one window needs about 0 MiB, and .* were free; use a smaller"),
+        (ForksOnValues, 2, "use a smaller training.micro_batch_size or a smaller model"),
+    ],
+)
+def test_what_is_not_known_about_memory_is_left_out(bigram, windows, wrap, micro_batch_size, words):
+    config = TrainingConfig(micro_batch_size=micro_batch_size, precision="float32")
+    trainer = Trainer(wrap(bigram()), config, sinks=[])
+    batch = Batch.of(windows())
+    trainer.training_step(batch)
+    message = f"out of memory after step 1 with micro_batch_size={micro_batch_size}: {words}"
+    with (
+        pytest.raises(MemoryExhaustedError, match=message),
+        memory_explained(trainer, batch, Path("runs/x")),
+    ):
+        raise MemoryError
+
+
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+import torch
+from truestep import GPT, GPTConfig, Trainer, TrainingConfig
+from truestep.data.loader import WindowLoader
+from truestep.workflows.memory import MemoryExhaustedError, memory_explained
+
+class Counting:
+    def __len__(self):
+        return 40_000
+    def read(self, start, stop):
+        return torch.arange(start, stop).remainder(256).numpy()
+
+def attempt(micro_batch_size):
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab_size=256, context_length=32, num_layers=8, num_heads=2, width=32)
+    settings = TrainingConfig(num_steps=1, micro_batch_size=micro_batch_size, precision="float32")
+    trainer = Trainer(GPT(shape), settings, sinks=[])
+    loader = WindowLoader(Counting(), context_length=32, batch_size=512)
+    batch = loader.batch_at(0)
+    trainer.prepare(batch)
+    with memory_explained(trainer, batch, Path("runs/my run")):
+        trainer.fit(loader)
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 650 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+size, failures = "auto", 0
+while True:
+    try:
+        attempt(size)
+        break
+    except MemoryExhaustedError as error:
+        print(error)
+        size = int(re.search("--training.micro-batch-size ([0-9]+)", str(error))[1])
+print("trained with", size)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not limit addresses")
+def test_the_size_that_is_said_to_fit_does_fit_under_the_same_limit():
+    command = [sys.executable, "-c", LIMITED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, trained = done.stdout.splitlines()
+    assert re.fullmatch(
+        r"out of memory in step 1 with micro_batch_size=512: it needs about [\d,]+ MiB, and "
+        r"[\d,]+ MiB were free; (\d+) needs [\d,]+ MiB: go on with truestep train --resume "
+        r"'runs/my run' --training.micro-batch-size \1 --override training.micro_batch_size",
+        said,
+    )
+    size = int(trained.removeprefix("trained with "))
+    assert 512 % size == 0
+    assert size >= 32  # not merely a safe guess
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1500 * 2**20,) * 2)
+from truestep.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_command_that_runs_out_of_memory_ends_in_one_line_and_the_run_goes_on_with_less():
+    wanted = ["--data.batch-size", "4000", "--model.context-length", "128"]
+    wanted += ["--training.num-steps", "2", "--training.micro-batch-size", "4000"]
+    command = [sys.executable, "-c", UNDER_A_LIMIT, "train", "tiny.toml", "--data", "text.txt"]
+    done = subprocess.run([*command, *wanted], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch("error: out of memory[^\n]*\n", done.stderr)
+    run = Path("runs/text-1")
+    assert not list(run.glob("checkpoints/*"))
+    assert (run / "metrics.jsonl").read_bytes() == b""
+    smaller = ["--training.micro-batch-size", "4", "--override", "training.micro_batch_size"]
+    smaller += ["--data.batch-size", "8", "--override", "data.batch_size"]
+    assert main(["train", "--resume", str(run), *smaller]) == 0
+    assert (run / "checkpoints/step-2").is_dir()

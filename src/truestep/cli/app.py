@@ -57,8 +57,11 @@ def run(arguments: Sequence[str]) -> int:
         full = error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
         remedy = "; make room, then go on with: truestep train --resume auto" if full else ""
         return _fail(f"{error}{remedy}", RUNTIME)
-    except RuntimeError as error:
-        return _fail(str(error), RUNTIME)
+    except (RuntimeError, MemoryError) as error:
+        from truestep.workflows.memory import explain_out_of_memory, is_out_of_memory
+
+        text = explain_out_of_memory(error) if is_out_of_memory(error) else str(error)
+        return _fail(text, RUNTIME)
     return result if isinstance(result, int) else 0
 
 

@@ -1,0 +1,151 @@
+"""Running out of memory: recognised, explained, and answered with a size that would fit.
+
+What a step needs is computed on fake tensors, which have shapes and take no memory; what there was
+to take is measured before the first step.
+"""
+
+import bisect
+import contextlib
+import re
+import shlex
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # an error is explained without waiting for torch
+    import torch
+
+    from truestep.batch import Batch
+    from truestep.training.trainer import Trainer
+
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+# The resident memory of a step on a CPU was 1.2 times the sum of its tensors: allocators round up.
+_WASTE = 1.25
+_HEAP_BYTES = 256 * 2**20  # glibc's heap grows by so much at a time: runtime.keep_freed_memory
+
+
+class MemoryExhaustedError(RuntimeError):
+    """Memory ran out while a run was training: one line with a size that would fit."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out; torch has no one type for it."""
+    if isinstance(error, MemoryExhaustedError):
+        return False  # explained already
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+    )
+
+
+def explain_out_of_memory(error: BaseException) -> str:
+    """Return one line about memory that ran out where nothing more is known."""
+    match = re.search(r"allocate (\d+) bytes|allocate (\d[\d.]* [KMGTPE]iB)", str(error))
+    amount = "what is needed"
+    if match:
+        amount = _mebibytes(int(match[1])) if match[1] else match[2]
+    return (
+        f"out of memory: {amount} could not be had; use a smaller model, a shorter "
+        "model.context_length or a smaller data.batch_size"
+    )
+
+
+@contextlib.contextmanager
+def memory_explained(trainer: "Trainer", batch: "Batch", directory: Path) -> Iterator[None]:
+    """Turn running out of memory inside into one line with a `micro_batch_size` that would fit.
+
+    To be entered before the first step of a trainer in the run at `directory`; `batch` is like
+    those to come. What the failed step held is given back before the error leaves.
+    Errors: MemoryExhaustedError.
+    """
+    free = free_bytes(trainer.device)
+    room = None if free is None else max(0, free - _bytes_to_come(trainer))
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+        trainer.model.zero_grad()
+        size = trainer.micro_batch_size(batch)
+        place = (
+            f"in step {trainer.step + 1}" if trainer.mid_update else f"after step {trainer.step}"
+        )
+        raise MemoryExhaustedError(
+            f"out of memory {place} with micro_batch_size={size}: "
+            + _advice(trainer, batch, size, room, directory)
+        ) from None
+
+
+def _advice(
+    trainer: "Trainer", batch: "Batch", size: int, room: int | None, directory: Path
+) -> str:
+    """Return what would fit, in figures, and the command to go on with."""
+    from truestep.training.footprint import step_bytes
+
+    sizes = [n for n in range(1, size) if len(batch.tokens) % n == 0]
+
+    def needed(size: int) -> int:
+        return int(_WASTE * step_bytes(trainer.model, batch, size, trainer.precision))
+
+    try:
+        least = needed(1)
+        count = bisect.bisect_right(sizes, -1 if room is None else room, key=needed)
+    except (RuntimeError, AssertionError):  # a model that does not run on fake tensors
+        room = None
+    if room is None:
+        return "use a smaller training.micro_batch_size or a smaller model"
+    if not count:
+        return (
+            f"one window needs about {_mebibytes(least)}, and {_mebibytes(room)} were free; use a "
+            "smaller model or a shorter model.context_length"
+        )
+    fitting = sizes[count - 1]
+    return (
+        f"it needs about {_mebibytes(needed(size))}, and {_mebibytes(room)} were free; "
+        f"{fitting} needs {_mebibytes(needed(fitting))}: go on with truestep train "
+        f"--resume {shlex.quote(str(directory))} --training.micro-batch-size {fitting} "
+        "--override training.micro_batch_size"
+    )
+
+
+def free_bytes(device: "torch.device") -> int | None:
+    """Return how much memory the process may still take on a device; None where nobody says."""
+    if device.type == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError):  # not Linux
+        return None
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free = min(free, limit - pages * resource.getpagesize())
+    return int(max(0, free - _HEAP_BYTES))
+
+
+def _bytes_to_come(trainer: "Trainer") -> int:
+    """Return what a run takes beside the tensors of a step: moments, and a copy to be saved."""
+    parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    state = sum(
+        value.numel() * value.element_size()
+        for entries in trainer.optimizer.state.values()
+        for value in entries.values()
+        if hasattr(value, "element_size")
+    )
+    copy = 3 * parameters if trainer.device.type == "cpu" else 0
+    accumulated = parameters  # the gradients of the micro-batches before
+    return int(max(0, 2 * parameters - state) + copy + accumulated)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
