@@ -302,7 +302,7 @@ def attempt(micro_batch_size):
     shape = GPTConfig(vocab_size=256, context_length=32, num_layers=8, num_heads=2, width=32)
     settings = TrainingConfig(num_steps=1, micro_batch_size=micro_batch_size, precision="float32")
     trainer = Trainer(GPT(shape), settings, sinks=[])
-    loader = WindowLoader(Counting(), context_length=32, batch_size=512)
+    loader = WindowLoader(Counting(), context_length=32, batch_size=1024)
     batch = loader.batch_at(0)
     trainer.prepare(batch)
     with memory_explained(trainer, batch, Path("runs/my run")):
@@ -330,13 +330,13 @@ def test_the_size_that_is_said_to_fit_does_fit_under_the_same_limit():
     assert done.returncode == 0, done.stderr
     said, trained = done.stdout.splitlines()
     assert re.fullmatch(
-        r"out of memory in step 1 with micro_batch_size=512: it needs about [\d,]+ MiB, and "
+        r"out of memory in step 1 with micro_batch_size=1024: it needs about [\d,]+ MiB, and "
         r"[\d,]+ MiB were free; (\d+) needs [\d,]+ MiB: go on with truestep train --resume "
         r"'runs/my run' --training.micro-batch-size \1 --override training.micro_batch_size",
         said,
     )
     size = int(trained.removeprefix("trained with "))
-    assert 512 % size == 0
+    assert 1024 % size == 0
     assert size >= 32  # not merely a safe guess
 
 

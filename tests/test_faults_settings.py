@@ -11,7 +11,7 @@ from test_cli import TINY, weights_of
 from truestep import RunConfig
 from truestep.cli import main
 from truestep.config import resolve
-from truestep.settings import refused_changes, settings
+from truestep.settings import ConfigError, refuse_changes, settings
 
 SETTINGS = {setting.name: setting for setting in settings(RunConfig)}
 KEPT = [name for name, setting in SETTINGS.items() if setting.kept_on_resume]
@@ -114,7 +114,8 @@ def test_a_changed_setting_that_the_bits_depend_on_is_refused_unless_overridden(
     assert error.startswith(f"error: {name} was ")
     for value in (old, new):
         shown = list(value) if isinstance(value, tuple) else value
-        assert str(shown) in error.replace("(", "[").replace(")", "]").replace("'", "")
+        error_without_quotes = error.replace("(", "[").replace(")", "]").replace("'", "")
+        assert str(shown).casefold() in error_without_quotes.casefold()
     assert f"--override {name}" in error
     # With the override it comes as far as the text, which is gone: nothing is trained here.
     shutil.rmtree("texts")
@@ -164,7 +165,9 @@ def test_all_refused_changes_are_said_at_once_and_only_those():
         },
         {},
     )
-    assert refused_changes(old, new, {"model.width"}) == [
+    with pytest.raises(ConfigError) as caught:
+        refuse_changes(old, new, {"model.width"})
+    assert [problem.text for problem in caught.value.problems] == [
         f"training.{name}, which changes what is trained; leave it out, or allow it by "
         f"--override training.{name.split()[0]}"
         for name in (
@@ -172,9 +175,25 @@ def test_all_refused_changes_are_said_at_once_and_only_those():
             "seed was 0 in this run and is now 3",
         )
     ]
-    assert refused_changes(old, old) == []
-    names = [line.split()[0] for line in refused_changes(old, new)]
+    refuse_changes(old, old)
+    refuse_changes(old, new, {"model.width", "training.seed", "training.betas"})
+    with pytest.raises(ConfigError) as caught:
+        refuse_changes(old, new)
+    names = [problem.text.split()[0] for problem in caught.value.problems]
     assert names == ["training.betas", "training.seed", "model.width"]
+
+
+def test_each_problem_is_one_printable_line_whatever_a_name_holds(place, capsys):
+    hostile = "\x1b[31m\n\u202e"
+    with pytest.raises(ConfigError) as caught:
+        resolve({"training": {hostile: 1, "seed": -1}, hostile: {"a": 1}}, {})
+    assert all(problem.text.isprintable() for problem in caught.value.problems)
+    Path("changes.json").write_text(json.dumps({"training": {hostile: 1, "seed": -1}}))
+    assert main(["train", "changes.json"]) == 2
+    lines = capsys.readouterr().err.split("\n")
+    assert lines.pop() == ""
+    assert [line.partition(" ")[0] for line in lines] == ["error:", "error:"]
+    assert all(line.isprintable() for line in lines)
 
 
 def edit(texts):

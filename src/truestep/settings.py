@@ -5,6 +5,7 @@ The settings themselves stand in `config.py`; this file knows none of them by na
 
 import difflib
 import json
+import stat
 import tomllib
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -53,8 +54,10 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_booleans_for_numbers(cls, values: Any) -> Any:
+    def _refuse_what_is_no_number(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{name}={_shown(value)} must be less than 2**63")
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None and field.annotation is not bool:
                 raise ValueError(
@@ -127,7 +130,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if path.suffix not in {".toml", ".json"}:
         raise _file_error(path, "is neither .toml nor .json; rename it or convert it")
     try:
-        if path.stat().st_size > FILE_LIMIT_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait, a device never end
+            raise _file_error(path, "is not a file; give a file of settings")
+        if status.st_size > FILE_LIMIT_BYTES:
             raise _file_error(path, f"is larger than {FILE_LIMIT_BYTES} bytes: not a config file")
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -209,17 +215,19 @@ def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
     ]
 
 
-def refused_changes(old: C, new: C, allowed: Collection[str] = ()) -> list[str]:
-    """Return a line for each setting that a resumed run must keep and that `new` changes.
+def refuse_changes(old: C, new: C, allowed: Collection[str] = ()) -> None:
+    """Refuse every change of a setting that a resumed run must keep; those `allowed` may change.
 
-    Those named in `allowed` may change. Every line has the old value, the new one and the remedy.
+    Errors: ConfigError with a line for each: the old value, the new one and the remedy.
     """
-    return [
+    texts = [
         f"{setting.name} was {_shown(before)} in this run and is now {_shown(after)}, which "
         f"changes what is trained; leave it out, or allow it by --override {setting.name}"
         for setting, before, after in difference(old, new)
         if setting.kept_on_resume and setting.name not in allowed
     ]
+    if texts:
+        raise ConfigError([Problem((), text) for text in texts])
 
 
 def _value(config: Config, name: str) -> Any:
@@ -279,7 +287,7 @@ def explain(
             ]
         elif detail["type"] == "extra_forbidden":
             hint = nearest(name, config.model_fields)
-            problems.append(Problem((name,), f"{name} is not a setting{hint}"))
+            problems.append(Problem((name,), f"{_shown(name)} is not a setting{hint}"))
         elif cause is not None:  # a rule of ours between several fields, a whole sentence
             problems.append(Problem((), str(cause)))
         else:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import truestep
+from truestep.observe.text import printable_line
+from truestep.settings import ConfigError
 
 _COMMANDS = {
     "train": "Train a model on text, or go on with a run.",
@@ -47,10 +49,12 @@ def run(arguments: Sequence[str]) -> int:
     except CycloptsError as error:
         from truestep.cli.options import explain_usage
 
-        return _fail(explain_usage(error), USAGE)
+        return _fail(explain_usage(error).splitlines(), USAGE)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return RUNTIME
+    except ConfigError as error:
+        return _fail([problem.text for problem in error.problems], USAGE)
     except (ValueError, TypeError) as error:
         return _fail(str(error), USAGE)
     except OSError as error:
@@ -65,7 +69,8 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _fail(message: str, code: int) -> int:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+def _fail(message: str | list[str], code: int) -> int:
+    """Print an error, or several, each as one line in which nothing is left to obey."""
+    for line in [message] if isinstance(message, str) else message:
+        print(f"error: {printable_line(line)}", file=sys.stderr)
     return code

@@ -20,11 +20,12 @@ from truestep.model.generate import generate
 from truestep.model.gpt import GPT
 from truestep.runtime import resolve_device
 from truestep.settings import read_settings_file, validate
-from truestep.storage import LOCAL, replace_file
+from truestep.storage import LOCAL, read_file, replace_file
 from truestep.workflows.resources import checkpoint_bytes, num_checkpoints
 
 CONFIG, MANIFEST, SAMPLES = "config.toml", "manifest.json", "samples.jsonl"
 CHECKPOINTS, BUNDLES, INSPECTIONS = "checkpoints", "bundles", "inspections"
+_FACTS_LIMIT_BYTES = 2**20
 _PROBE_BYTES = 2**16  # settings, facts and the first lines of the logs
 
 
@@ -117,7 +118,7 @@ def _check_name(name: str) -> None:
     plain = name.isprintable() and Path(name).name == name and "\\" not in name
     if not plain or not 0 < len(name) <= 100 or name.startswith("."):
         raise RunError(
-            f"run.name={name!r} is not a plain name; use letters, digits, - and _ "
+            f"run.name={name[:100]!r} is not a plain name; use letters, digits, - and _ "
             "(--run.directory says where runs lie)"
         )
 
@@ -134,6 +135,7 @@ def find_run(path: str, settings: RunSettings) -> Path:
             raise RunError(
                 f"{directory} is not a run: it has no {CONFIG}; give a directory below {root}/"
             )
+        _refuse_what_leads_elsewhere(directory)
         return directory
     if settings.name != "auto":
         _check_name(settings.name)
@@ -143,7 +145,28 @@ def find_run(path: str, settings: RunSettings) -> Path:
     runs = [path for path in candidates if (path / CONFIG).is_file()]
     if not runs:
         raise RunError(f"there is no run in {root}/; make one with: truestep train")
-    return max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)
+    newest = max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)
+    _refuse_what_leads_elsewhere(newest)
+    return newest
+
+
+def _refuse_what_leads_elsewhere(directory: Path) -> None:
+    """Refuse a run in which a link leads outside, or a pipe or a device stands for a file.
+
+    What is written through it would land elsewhere; what is read might never end.
+    """
+    places = [directory, directory / CHECKPOINTS]
+    for entry in [entry for place in places if place.is_dir() for entry in os.scandir(place)]:
+        path = Path(entry.path)
+        try:
+            outside = entry.is_symlink() and not path.resolve().is_relative_to(directory.resolve())
+        except (OSError, RuntimeError):  # it leads to itself
+            outside = True
+        if outside or not (entry.is_file() or entry.is_dir() or entry.is_symlink()):
+            raise RunError(
+                f"{path} is a link out of the run, a pipe or a device; put the file or directory "
+                "itself there, or remove it"
+            )
 
 
 def write_run_files(directory: Path, config: RunConfig, facts: dict[str, Any]) -> None:
@@ -157,8 +180,8 @@ def write_run_files(directory: Path, config: RunConfig, facts: dict[str, Any]) -
 def read_run_facts(directory: Path) -> dict[str, Any]:
     """Return what a run's `manifest.json` says, nothing if it has none."""
     try:
-        facts = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads(read_file(directory / MANIFEST, limit=_FACTS_LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
