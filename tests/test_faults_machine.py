@@ -112,10 +112,12 @@ def test_a_checkpoint_is_as_large_as_it_was_said_to_be_at_least(optimizer):
 
 
 @pytest.mark.parametrize(
-    ("save_every", "keep", "most"), [(12, 2, 1), (5, 2, 3), (1, 2, 3), (1, 5, 6)]
+    ("save_every", "keep", "best", "most"),
+    # 12 steps, validated every 6: with a best one to keep, two validations save, too.
+    [(12, 2, 0, 1), (5, 2, 0, 3), (1, 2, 0, 3), (1, 5, 0, 6), (12, 2, 1, 3), (1, 2, 2, 5)],
 )
-def test_checkpoints_beside_each_other_are_counted(save_every, keep, most):
-    config = tiny(save_every=save_every, keep_checkpoints=keep)
+def test_checkpoints_beside_each_other_are_counted(save_every, keep, best, most):
+    config = tiny(save_every=save_every, keep_checkpoints=keep, keep_best_checkpoints=best)
     assert num_checkpoints(config) == most
 
 
@@ -142,7 +144,7 @@ def test_a_run_that_became_read_only_or_full_is_refused_before_its_model_is_buil
     check_room(config, small / "run")
     room = shutil.disk_usage(small).free - 80 * 2**10  # enough for a few files
     (small / "filler").write_bytes(bytes(room))
-    with pytest.raises(RunError, match=r"run has 0\.1 MiB free, but this run needs 0\.1 MiB more"):
+    with pytest.raises(RunError, match=r"run has 0\.1 MiB free, but this run needs 0\.3 MiB more"):
         check_room(config, small / "run")
     read_only = mounted("--bind", "-o", "ro", str(small))
     with pytest.raises(RunError, match="run cannot be written: Read-only file system; make it"):
@@ -152,7 +154,7 @@ def test_a_run_that_became_read_only_or_full_is_refused_before_its_model_is_buil
 def test_a_disk_with_room_for_all_but_one_of_the_first_checkpoints_is_refused(mounted):
     config = tiny(save_every=1)
     each = checkpoint_bytes(config)
-    for room, refused in [(3 * each + 2**14, False), (3 * each - 2**14, True)]:
+    for room, refused in [(4 * each + 2**14, False), (4 * each - 2**14, True)]:
         place = mounted("-t", "tmpfs", "-o", f"size={room}", "tmpfs")
         if not refused:
             check_room(config, place)
@@ -160,8 +162,8 @@ def test_a_disk_with_room_for_all_but_one_of_the_first_checkpoints_is_refused(mo
         with pytest.raises(RunError) as caught:
             check_room(config, place)
         message = str(caught.value)
-        assert f"needs {3 * each / 2**20:.1f} MiB more" in message
-        assert f"3 of {each / 2**20:.1f} MiB at one time" in message
+        assert f"needs {4 * each / 2**20:.1f} MiB more" in message
+        assert f"4 of {each / 2**20:.1f} MiB at one time" in message
         assert "make room" in message
         check_room(tiny(save_every=12), place)  # a run that saves once needs room for one
 
@@ -265,8 +267,8 @@ class ForksOnValues(torch.nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "micro_batch_size", "words"),
     [
-        (torch.nn.Sequential, 2, "it needs about 0 MiB, and .* MiB were free; 1 needs 0 MiB: go"),
-        (torch.nn.Sequential, 1, "one window needs about 0 MiB, and .* were free; use a smaller"),
+        (torch.nn.Sequential, 2, "it needs about 0.0 MiB, and .* MiB were free; 1 needs 0.0 MiB: go"),
+        (torch.nn.Sequential, 1, "one window needs about 0.0 MiB, and .* were free; use a smaller"),
         (ForksOnValues, 2, "use a smaller training.micro_batch_size or a smaller model"),
     ],
 )

@@ -18,6 +18,7 @@ _COMMANDS = {
     "evaluate": "Measure a trained model's loss and bits per byte.",
     "report": "Draw a run's plots and write its report page.",
     "verify": "Check every stored byte of a run, a checkpoint or prepared data.",
+    "inspect": "Show what a step was trained on, and which tokens cost most.",
     "replay": "Compute steps of a run once more and compare them bit for bit.",
 }
 USAGE, RUNTIME = 2, 1

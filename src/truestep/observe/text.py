@@ -38,6 +38,12 @@ def format_duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in mebibytes: `1,234 MiB`, `0.5 MiB`."""
+    mebibytes = count / 2**20
+    return f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:,.1f} MiB"
+
+
 def format_tick(value: float) -> str:
     """Return the number at a mark of an axis, short: 1.5, 3e-4, 120k."""
     if 0 < abs(value) < 1e-3:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from truestep.observe.text import format_bytes
+
 if TYPE_CHECKING:  # an error is explained without waiting for torch
     import torch
 
@@ -44,7 +46,7 @@ def explain_out_of_memory(error: BaseException) -> str:
     match = re.search(r"allocate (\d+) bytes|allocate (\d[\d.]* [KMGTPE]iB)", str(error))
     amount = "what is needed"
     if match:
-        amount = _mebibytes(int(match[1])) if match[1] else match[2]
+        amount = format_bytes(int(match[1])) if match[1] else match[2]
     return (
         f"out of memory: {amount} could not be had; use a smaller model, a shorter "
         "model.context_length or a smaller data.batch_size"
@@ -98,13 +100,13 @@ def _advice(
         return "use a smaller training.micro_batch_size or a smaller model"
     if not count:
         return (
-            f"one window needs about {_mebibytes(least)}, and {_mebibytes(room)} were free; use a "
-            "smaller model or a shorter model.context_length"
+            f"one window needs about {format_bytes(least)}, and {format_bytes(room)} were free; "
+            "use a smaller model or a shorter model.context_length"
         )
     fitting = sizes[count - 1]
     return (
-        f"it needs about {_mebibytes(needed(size))}, and {_mebibytes(room)} were free; "
-        f"{fitting} needs {_mebibytes(needed(fitting))}: go on with truestep train "
+        f"it needs about {format_bytes(needed(size))}, and {format_bytes(room)} were free; "
+        f"{fitting} needs {format_bytes(needed(fitting))}: go on with truestep train "
         f"--resume {shlex.quote(str(directory))} --training.micro-batch-size {fitting} "
         "--override training.micro_batch_size"
     )
@@ -145,7 +147,3 @@ def _bytes_to_come(trainer: "Trainer") -> int:
     copy = 3 * parameters if trainer.device.type == "cpu" else 0
     accumulated = parameters  # the gradients of the micro-batches before
     return int(max(0, 2 * parameters - state) + copy + accumulated)
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"

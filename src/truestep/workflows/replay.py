@@ -166,7 +166,8 @@ def run_to(training: Training, step: int, say: Say) -> dict[int, Mapping[str, An
     collector = _Collector(step, say)
     training.trainer.sinks = [collector]
     try:
-        training.trainer.fit(training.loader, num_steps=step)
+        if training.trainer.step < step:
+            training.trainer.fit(training.loader, num_steps=step)
     except NonFiniteError:
         if step not in collector.records:
             raise

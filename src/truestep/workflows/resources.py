@@ -38,5 +38,8 @@ def num_checkpoints(config: RunConfig) -> int:
 
     A short run makes fewer.
     """
-    saves = -(-config.training.num_steps // config.run.save_every)
-    return min(saves, config.run.keep_checkpoints + 1)
+    run, num_steps = config.run, config.training.num_steps
+    saves = -(-num_steps // run.save_every)
+    if run.keep_best_checkpoints:  # then every validation saves, too
+        saves += -(-num_steps // run.evaluate_every)
+    return min(saves, run.keep_checkpoints + run.keep_best_checkpoints + 1)

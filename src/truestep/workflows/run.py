@@ -18,6 +18,7 @@ from truestep.data.corpus import Say
 from truestep.data.tokenizer import Tokenizer, load_tokenizer
 from truestep.model.generate import generate
 from truestep.model.gpt import GPT
+from truestep.observe.text import format_bytes
 from truestep.runtime import resolve_device
 from truestep.settings import read_settings_file, validate
 from truestep.storage import LOCAL, read_file, replace_file
@@ -71,8 +72,8 @@ def check_room(config: RunConfig, directory: Path) -> None:
     needed = each * max(1, most - len(list_checkpoints(directory / CHECKPOINTS)))
     if free < needed:
         raise RunError(
-            f"{directory} has {_mebibytes(free)} free, but this run needs {_mebibytes(needed)} "
-            f"more for checkpoints ({most} of {_mebibytes(each)} at one time); make room, choose "
+            f"{directory} has {format_bytes(free)} free, but this run needs {format_bytes(needed)} "
+            f"more for checkpoints ({most} of {format_bytes(each)} at one time); make room, choose "
             "another place, a smaller model or a lower run.keep_checkpoints"
         )
 
@@ -83,10 +84,6 @@ def _write_and_forget(directory: Path) -> None:
         stream.write(bytes(_PROBE_BYTES))
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
 
 
 def claim_directory(settings: RunSettings, source: str) -> Path:

@@ -18,16 +18,18 @@ from truestep.data.loader import Prefetch
 from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import as_json
-from truestep.settings import difference
+from truestep.settings import refuse_changes
 from truestep.training.guard import NonFiniteError
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_text, say_what_changed
 from truestep.workflows.history import count_skipped, record_changes
+from truestep.workflows.memory import memory_explained
 from truestep.workflows.run import (
     BUNDLES,
     CHECKPOINTS,
     RunError,
     check_new_run,
+    check_room,
     claim_directory,
     read_run_config,
     read_run_facts,
@@ -52,6 +54,7 @@ def train(config: RunConfig, say: Say) -> Outcome:
     Errors: ValueError or OSError of one line; NonFiniteError after the run was saved.
     """
     check_new_run(config.run)
+    check_room(config, Path(config.run.directory))
     return _train(config, None, say)
 
 
@@ -60,16 +63,13 @@ def resume(
 ) -> Outcome:
     """Go on with a run from its newest good checkpoint, bit for bit.
 
-    Errors: RunError for a setting that would change the trained bits and is not in `override`.
+    Errors: ConfigError for settings that would change the trained bits and are not in `override`.
     """
-    for setting, before, after in difference(read_run_config(directory), config):
-        # A constant rate does not look at the end: such a run may be made longer or shorter.
-        free = setting.name == "training.num_steps" and config.training.schedule == "constant"
-        if setting.kept_on_resume and not free and setting.name not in override:
-            raise RunError(
-                f"{setting.name} was {before!r} in this run and is now {after!r}, which changes "
-                f"what is trained; leave it out, or allow it by --override {setting.name}"
-            )
+    allowed = set(override)
+    if config.training.schedule == "constant":  # it does not look at the end of the run
+        allowed.add("training.num_steps")
+    refuse_changes(read_run_config(directory), config, allowed)
+    check_room(config, directory)
     return _train(config, directory, say)
 
 
@@ -89,7 +89,8 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
         batches = stack.enter_context(Prefetch(training.loader, pin_memory=pin_memory))
         try:
             session.catch_up()
-            trainer.fit(batches)
+            with memory_explained(trainer, training.loader.batch_at(0), directory):
+                trainer.fit(batches)
         except Exception as error:
             with contextlib.suppress(OSError, CheckpointError):  # the first error is to be told
                 if isinstance(error, NonFiniteError):

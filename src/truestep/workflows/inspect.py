@@ -1,0 +1,71 @@
+"""Show what a run was trained on at one step, token by token, with what each cost."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from truestep.data.corpus import Say
+from truestep.data.tokens import TokenSplit
+from truestep.observe.inspection import InspectedDocument, InspectedWindow, Inspection
+from truestep.workflows.build import Training
+from truestep.workflows.replay import logged_steps, require_logged, run_to, training_at
+
+
+def inspect_step(directory: Path, step: int, say: Say) -> Inspection:
+    """Recompute a run up to a step and return its batch with the loss of every token.
+
+    The losses are those of training: before the update, with its dropout; but uncompiled.
+    Errors: RunError for a step that the run has not made, and as for `replay`.
+    """
+    record = require_logged(logged_steps(directory), directory, step)
+    training = training_at(directory, step - 1, say)
+    run_to(training, step - 1, say)
+    batch = training.loader.batch_at(step - 1)
+    losses = training.trainer.token_losses(batch)
+    windows = tuple(
+        _inspected(training, row, window, losses[row].double().cpu().numpy())
+        for row, window in enumerate(training.loader.windows_at(step - 1).tolist())
+    )
+    return Inspection(
+        run=str(directory),
+        step=step,
+        loss=float(losses.sum(dtype=torch.float64) / batch.num_targets),
+        logged_loss=_number(record, "loss"),
+        learning_rate=_number(record, "learning_rate"),
+        grad_norm=_number(record, "grad_norm"),
+        windows=windows,
+    )
+
+
+def _inspected(
+    training: Training, row: int, window: int, losses: Float[np.ndarray, "T"]
+) -> InspectedWindow:
+    split, tokenizer = training.data.train, training.data.tokenizer
+    start = window * training.loader.context_length
+    ids = split.read(start, min(start + len(losses) + 1, len(split)))  # the last one is short
+    ends = np.flatnonzero(ids == tokenizer.end_of_document).tolist()
+    return InspectedWindow(
+        row=row,
+        window=window,
+        documents=_documents(split, start, [0, *(end + 1 for end in ends if end + 1 < len(ids))]),
+        pieces=tuple(tokenizer.pieces(ids)),
+        losses=losses[: len(ids) - 1],
+        is_target=np.ones(len(ids) - 1, dtype=bool),
+        ends=frozenset(ends),
+    )
+
+
+def _documents(split: TokenSplit, start: int, offsets: list[int]) -> tuple[InspectedDocument, ...]:
+    """Return the document that runs at each offset of a window, where a new one begins or not."""
+    found = []
+    for offset in offsets:
+        name, begin = split.document_at(start + offset)
+        found.append(InspectedDocument(name, offset, start + offset - begin))
+    return tuple(found)
+
+
+def _number(record: dict[str, Any], name: str) -> float | None:
+    return None if record.get(name) is None else float(record[name])
