@@ -267,7 +267,11 @@ class ForksOnValues(torch.nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "micro_batch_size", "words"),
     [
-        (torch.nn.Sequential, 2, "it needs about 0.0 MiB, and .* MiB were free; 1 needs 0.0 MiB: go"),
+        (
+            torch.nn.Sequential,
+            2,
+            "it needs about 0.0 MiB, and .* MiB were free; 1 needs 0.0 MiB: go",
+        ),
         (torch.nn.Sequential, 1, "one window needs about 0.0 MiB, and .* were free; use a smaller"),
         (ForksOnValues, 2, "use a smaller training.micro_batch_size or a smaller model"),
     ],

@@ -4,13 +4,13 @@ It exits with 1 if any law was broken. Interrupted, it ends what it started and 
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -48,11 +48,21 @@ class Reporter:
             sys.stdout.flush()
 
 
-def hostile() -> dict[str, Any] | None:
-    """Run the named cases of `hostile.py`; None where there is none."""
-    if importlib.util.find_spec("hostile") is None:
-        return None
-    return None
+def hostile() -> dict[str, Any]:
+    """Type a command at every hostile file of `hostile.py`, and count what went wrong."""
+    from hostile import judge_all, make_place
+
+    with tempfile.TemporaryDirectory(prefix="hostile-") as scratch:
+        made = Path(scratch, "made")
+        make_place(made)
+        found = judge_all(made, Path(scratch))
+    wrongs = [(name, wrong) for name, problems in found.items() for wrong in problems]
+    executed = sum(wrong == "the canary exists" for _, wrong in wrongs)
+    return {
+        "files": len(found),
+        "laws": {"code_executions": executed, "other_wrongs": len(wrongs) - executed},
+        "failures": [f"{name}: {wrong}" for name, wrong in wrongs],
+    }
 
 
 def run_parts(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], bool]:
@@ -61,7 +71,7 @@ def run_parts(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], b
     The kills come first: they are sent from a process that has computed nothing yet.
     """
     half = options.corruptions // 2
-    parts: dict[str, Callable[[Reporter], dict[str, Any] | None]] = {
+    parts: dict[str, Callable[[Reporter], dict[str, Any]]] = {
         "random kills": lambda tell: random_kills(options.kills, seed=options.seed, progress=tell),
         "sweep": lambda tell: sweep(_FAULTS, progress=tell),
         "power loss": lambda tell: lose_power(
@@ -71,18 +81,16 @@ def run_parts(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], b
             options.corruptions - half, seed=options.seed, progress=tell
         ),
         "damaged data": lambda tell: corrupt_data(half, seed=options.seed, progress=tell),
-        "hostile": lambda tell: hostile(),
+        "hostile files": lambda tell: hostile(),
     }
     found: dict[str, dict[str, Any]] = {}
     for name, part in parts.items():
         tell = Reporter(name)
         try:
-            figures = part(tell)
+            found[name] = part(tell)
         except KeyboardInterrupt:
             found[name] = {**tell.figures, "interrupted": True}
             return found, True
-        if figures is not None:
-            found[name] = figures
     return found, False
 
 
