@@ -1,12 +1,10 @@
-"""SIGKILL, for real, at any moment of a training run and of a save; then what is left is judged.
+"""SIGKILL, for real, at any moment of a training run; then what is left is judged.
 
-This process imports everything and computes nothing: a process forked after a threaded backward
-hangs. So it is one of its own, `python tests/kills.py random`, and prints what it found as JSON.
+A process of its own, `python tests/kills.py`; it prints what it found as JSON.
 """
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -17,87 +15,22 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch._dynamo  # an optimizer's first step imports it, which takes a second
 from crashes import memory_directory
-from faults import FaultyStorage
-from power_loss import advance, files_of, new_run, problems_with_saves
-from victims import (
-    IDLE,
-    LEFTOVERS,
-    PLANS,
-    SAVING,
-    TRAINING,
-    Board,
-    Plan,
-    Victim,
-    WatchedStorage,
-    go_on,
-    warm_up,
-)
+from forks import DEADLINE_SECONDS, Progress, fork, prepare_to_fork, wait_for
+from victims import IDLE, LEFTOVERS, PLANS, SAVING, TRAINING, Board, Plan, Victim, go_on
 
-from truestep import CheckpointWriter, load_checkpoint, save_checkpoint
 from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints, verify_checkpoint
-from truestep.storage import TEMPORARY_PREFIX, LocalStorage
+from truestep.storage import TEMPORARY_PREFIX
 
-DEADLINE_SECONDS = 120  # a victim that lives longer hangs
 _CLOCK = ("_seconds", "_per_second")  # how the fields of a record end that no two runs share
 _SLOTS = 2
 _OFTEN = {"data", "forward", "backward", "update", "log", "evaluate", "create", "write", "sync"}
-
-Progress = Callable[[dict[str, Any]], object]
-
-
-def fork(function: Callable[[], object], errors: Path) -> int:
-    """Run `function` in a forked child and return its process id; an exception goes to a file."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
-            signal.alarm(2 * DEADLINE_SECONDS)  # should the parent die before it can
-            function()
-            status = 0
-        except BaseException:  # noqa: BLE001 - whatever it is, the parent has to hear of it
-            errors.write_text(traceback.format_exc())
-        finally:
-            os._exit(status)
-    return child
-
-
-def end_of(child: int) -> int:
-    """Wait for a child and return its status; if the wait is interrupted, the child is killed."""
-    try:
-        return os.waitpid(child, 0)[1]
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        raise
-
-
-def wait_for(child: int, errors: Path) -> None:
-    """Wait until a child that nobody kills has ended well."""
-    status = end_of(child)
-    if status != 0:
-        said = errors.read_text() if errors.exists() else f"status {status}"
-        raise RuntimeError(f"a process that nobody killed failed: {said}")
-
-
-def prepare_to_fork() -> None:
-    """Leave as little as possible to be copied when a child touches it."""
-    torch.set_num_threads(1)
-    warm_up()
-    tasks = Path("/proc/self/task")
-    assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a thread was started"
-    gc.collect()
-    gc.freeze()
 
 
 def file_system(path: Path) -> str:
@@ -109,9 +42,6 @@ def file_system(path: Path) -> str:
         if str(parent) in found:
             return found[str(parent)]
     return "unknown"
-
-
-# Random kills.
 
 
 def digest_of(directory: Path, plan: Plan) -> str:
@@ -358,128 +288,9 @@ def random_kills(
     return {**figures.as_dict(), "file_systems": systems, "seconds": seconds}
 
 
-# A kill before every operation of a save.
-
-
-class Killer:
-    """Kills its own process when a storage enters an operation for the `number`-th time."""
-
-    def __init__(self, number: int | None) -> None:
-        self._number = number
-        self.phases: list[str] = []
-
-    def __call__(self, phase: str) -> None:
-        if phase in {"between operations", IDLE}:
-            return
-        if len(self.phases) == self._number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.phases.append(phase)
-
-
-def save_third_step(directory: Path, mode: str, storage: LocalStorage) -> None:
-    """Go on from step 2 and save step 3, in the foreground or in the background."""
-    run = new_run()
-    load_checkpoint(directory / "step-2", run)
-    advance(run)
-    if mode == "foreground":
-        save_checkpoint(run, directory, storage=storage)
-    else:
-        with CheckpointWriter(directory, storage=storage, say=lambda text: None) as writer:
-            writer.save(run)
-
-
-def sweep(
-    faults: tuple[str, ...] = ("kill",), *, progress: Progress = lambda figures: None
-) -> dict[str, Any]:
-    """Have every operation of a save be the last one, or fail; both modes of saving.
-
-    `kill` also comes in the middle of each write and of the removal of a directory. The others are
-    faults of `FaultyStorage`.
-    """
-    prepare_to_fork()
-    started = time.monotonic()
-    counts: Counter = Counter()
-    phases, failures = Counter(), []
-    with memory_directory() as memory:
-        root = Path(memory)
-        base, errors, board = root / "base" / "checkpoints", root / "error.txt", Board()
-
-        def save_two() -> None:
-            run = new_run()
-            for _ in range(2):
-                advance(run)
-                save_checkpoint(run, base)
-
-        wait_for(fork(save_two, errors), errors)
-
-        def attempt(name: str, mode: str, storage: Callable[[], LocalStorage]) -> tuple[int, Path]:
-            directory = root / name / "checkpoints"
-            shutil.copytree(base, directory)
-            board.clear()
-            child = fork(lambda: save_third_step(directory, mode, storage()), errors)
-            return end_of(child), directory
-
-        # What a save does when nobody disturbs it, told through a file.
-        totals: dict[tuple[str, str], list[str]] = {}
-        for mode in ("foreground", "background"):
-            for fault in faults:
-                log, directory = root / "phases.json", root / f"whole-{mode}-{fault}"
-                shutil.copytree(base, directory)
-
-                def whole(mode=mode, fault=fault, log=log, directory=directory):
-                    killer = Killer(None)
-                    storage = WatchedStorage(killer) if fault == "kill" else FaultyStorage()
-                    save_third_step(directory, mode, storage)
-                    log.write_text(json.dumps(killer.phases or storage.operations))
-
-                wait_for(fork(whole, errors), errors)
-                totals[mode, fault] = json.loads(log.read_text())
-        saved = {1: base, 2: base, 3: directory}
-        history = {step: files_of(saved[step] / f"step-{step}") for step in saved}
-
-        def commit(step: int) -> None:
-            board.committed = step
-
-        for (mode, fault), operations in totals.items():
-            for number, operation in enumerate(operations):
-
-                def storage(number=number, fault=fault):
-                    if fault == "kill":
-                        return WatchedStorage(Killer(number), commit)
-                    return FaultyStorage(number, fault)
-
-                status, directory = attempt(f"{mode}-{fault}-{number}", mode, storage)
-                killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-                returned = status == 0 or board.committed == 3
-                marks = [(kind, step) for step in (1, 2) for kind in ("started", "committed")]
-                marks += [("started", 3)]
-                marks += [("committed", 3)] if returned else []
-                problems = problems_with_saves(directory, history, marks)
-                if fault == "kill" and not killed:
-                    problems.append("it was not killed")
-                counts[fault] += 1
-                phases.update([operation] if fault == "kill" else [])
-                failures += [f"{mode}, {fault} at {number}, {operation}: {p}" for p in problems]
-                shutil.rmtree(directory.parent)
-                progress({"attempts": sum(counts.values())})
-    return {
-        "attempts": dict(counts),
-        "kills_by_phase": dict(phases),
-        "laws": {"broken": len(failures)},
-        "failures": failures[:5],
-        "seconds": round(time.monotonic() - started, 1),
-    }
-
-
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["sweep", "random"])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sweeps = options.part == "sweep"
-    json.dump(sweep() if sweeps else random_kills(options.kills, seed=options.seed), sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+    json.dump(random_kills(options.kills, seed=options.seed), sys.stdout)

@@ -1,6 +1,6 @@
 """A run that is killed, really killed, at any moment: it ends as the run that nobody killed does.
 
-The harness is `kills.py`; it runs as a process of its own, that has computed nothing.
+`kills.py` and `sweep.py` run as processes of their own, that have computed nothing.
 """
 
 import json
@@ -13,16 +13,16 @@ from victims import SAVING, TRAINING
 KILLS = 200
 
 
-def run(*arguments):
-    """What the harness found, in its own words."""
-    command = [sys.executable, Path(__file__).with_name("kills.py"), *arguments]
+def run(script, *arguments):
+    """What a harness found, in its own words."""
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
 def test_a_kill_before_or_inside_any_operation_of_a_save_leaves_the_old_or_the_new():
-    found = run("sweep")
+    found = run("sweep.py")
     assert found["failures"] == []
     assert found["laws"] == {"broken": 0}
     kills = found["kills_by_phase"]
@@ -33,7 +33,7 @@ def test_a_kill_before_or_inside_any_operation_of_a_save_leaves_the_old_or_the_n
 
 
 def test_a_run_killed_in_every_phase_loses_no_commit_and_ends_with_the_bits_of_one_never_killed():
-    found = run("random", "--kills", str(KILLS))
+    found = run("kills.py", "--kills", str(KILLS))
     assert found["failures"] == []
     assert set(found["laws"].values()) == {0}
     assert found["distinct_final_hashes"] == {"adamw": 1, "muon": 1}

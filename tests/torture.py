@@ -20,8 +20,9 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 from corruptions import corrupt_checkpoint, corrupt_data
-from kills import random_kills, sweep
+from kills import random_kills
 from power_loss import lose_power
+from sweep import sweep
 
 from truestep import runtime
 
