@@ -15,6 +15,7 @@ from truestep import GPT, Batch, GPTConfig, Trainer, TrainingConfig, compute_los
 from truestep.runtime import computing, seeded
 from truestep.training.diagnosis import Diagnosis, diagnose
 from truestep.training.probe import logits_of
+from truestep.training.watch import Watch
 
 CPU = torch.device("cpu")
 SHAPE = {"context_length": 8, "num_layers": 2, "num_heads": 2, "width": 8, "dropout": 0.1}
@@ -85,6 +86,18 @@ class SpoilGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * math.nan
+
+
+class Identity(torch.autograd.Function):
+    """The identity, as a node that a weak reference can follow."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 def parameters_before(model, place, tokens):
@@ -169,6 +182,15 @@ def test_a_forward_that_is_poisoned_only_once_is_not_reproduced(bigram, windows)
 def test_a_bad_value_that_reaches_neither_loss_nor_gradient_spoils_no_step(windows):
     model = Sequence(Do(lambda x: (x, x.detach() * math.nan)), Do(lambda pair: pair[0]))
     assert diagnose(model, shares_of_loss(model, windows())).phase == "not reproduced"
+
+
+def test_a_harmless_value_is_forgotten_before_the_next_micro_batch(windows):
+    harmless = Do(lambda x: (x, x.detach() * 1.0))
+    harmless.register_forward_hook(on_call(1, lambda pair: (pair[0], pair[1] / 0)))
+    model = Sequence(harmless, Do(lambda pair: pair[0]))
+    model.head.register_forward_hook(on_call(2, SpoilGradient.apply))
+    found = diagnose(model, shares_of_loss(model, windows()))
+    assert (found.phase, found.module, found.micro_batch) == ("backward", "head", 2)
 
 
 # Parameters.
@@ -300,15 +322,16 @@ def spoiled_in(output, value):
 
 
 @pytest.mark.parametrize("place", ["encoder.linear1", "encoder.norm2", "encoder"])
-def test_a_mask_of_minus_infinity_is_no_bad_input(windows, place):
+def test_a_mask_of_minus_infinity_is_no_bad_output_and_no_bad_input(windows, place):
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
             self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
             self.encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+            self.mask = Do(nn.Transformer.generate_square_subsequent_mask)
 
         def forward(self, tokens):
-            mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+            mask = self.mask(tokens.shape[1])
             return self.head(self.encoder(self.embedding(tokens), src_mask=mask))
 
     model = Masked()
@@ -355,6 +378,14 @@ def test_a_loss_that_is_bad_by_itself_is_named_with_the_gradients_it_spoils(bigr
     found = diagnose(model, shares_of_loss(model, windows(), loss=loss))
     every_name = tuple(name for name, _ in model.named_parameters())
     assert found == Diagnosis("loss", "", "", 0, every_name)
+
+
+def test_a_loss_that_is_bad_with_finite_gradients_is_bad_all_the_same(bigram, windows):
+    def loss(logits, targets, num_tokens):
+        return compute_loss(logits, targets, num_tokens=num_tokens) + math.inf
+
+    found = diagnose(model := bigram(), shares_of_loss(model, windows(), loss=loss))
+    assert found == Diagnosis("loss", "", "", 0, ())
 
 
 def test_the_step_that_the_trainer_skipped_is_the_one_diagnosed(bigram, windows):
@@ -461,6 +492,25 @@ def test_a_module_hook_of_the_user_that_spoils_a_gradient_names_that_module(bigr
     assert found == Diagnosis("backward", "norm", "LayerNorm", 0, ("embedding.weight",))
 
 
+def test_of_two_bad_gradients_the_first_in_time_is_named(bigram, windows):
+    model = bigram()
+    model.head.bias.register_hook(lambda g: g * math.nan)
+    model.embedding.register_forward_hook(on_call(1, SpoilGradient.apply))
+    found = diagnose(model, shares_of_loss(model, windows()))
+    both = ("embedding.weight", "head.bias")
+    assert found == Diagnosis("backward", "head", "Linear", 0, both)
+
+
+def test_a_tensors_hook_that_spoils_its_gradient_names_the_module_that_made_it(windows):
+    def hooked(x):
+        (y := x * 2).register_hook(lambda g: g * math.inf)
+        return y
+
+    model = Sequence(nn.Linear(8, 8), Do(hooked), nn.LayerNorm(8))
+    found = diagnose(model, shares_of_loss(model, windows()))
+    assert (found.phase, found.module) == ("backward", "middle.1")
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_checkpointed_modules_are_looked_into(windows, use_reentrant, phase):
@@ -537,7 +587,7 @@ def test_gradients_hooks_modes_and_buffers_are_left_as_they_should_be(windows, e
     model.middle.append(Do(lambda x: x.transpose(1, 2)))
     model.middle[0].eval()
     batch = windows(6)
-    compute_loss(model(batch[:, :-1]), batch[:, 1:]).backward()  # gradients nobody asked for
+    (compute_loss(model(batch[:, :-1]), batch[:, 1:]) * math.nan).backward()  # not of this step
     steps = shares_of_loss(model, batch)
     if ends == "bad":
         model.head.register_forward_hook(on_call(2, spoiled))
@@ -550,25 +600,37 @@ def test_gradients_hooks_modes_and_buffers_are_left_as_they_should_be(windows, e
         with pytest.raises(IndexError):
             diagnose(model, steps)
     else:
-        diagnose(model, steps)
+        phases = {"finite": "not reproduced", "bad": "forward"}
+        assert diagnose(model, steps).phase == phases.get(ends, ends)
     assert all(p.grad is None for p in model.parameters())
     assert state_of(model) == before
     for buffer, old in zip(model.buffers(), buffers, strict=True):
         torch.testing.assert_close(buffer, old, rtol=0, atol=0, equal_nan=True)
 
 
-def test_nothing_keeps_the_graph_alive(bigram, windows):
+def test_no_micro_batchs_graph_outlives_it(bigram, windows):
     model, nodes = bigram(), []
 
-    def keep(_, __, output):
-        output = SpoilGradient.apply(output)
+    def note(_, __, output):
+        gc.collect()
+        assert [node() for node in nodes] == [None] * len(nodes)  # of micro-batches before
+        output = SpoilGradient.apply(output) if len(nodes) == 2 else Identity.apply(output)
         nodes.append(weakref.ref(output.grad_fn))
         return output
 
-    model.norm.register_forward_hook(keep)
-    diagnose(model, shares_of_loss(model, windows()))
+    model.norm.register_forward_hook(note)
+    assert diagnose(model, shares_of_loss(model, windows(6))).micro_batch == 4
     gc.collect()
-    assert [node() for node in nodes] == [None]
+    assert [node() for node in nodes] == [None] * 3
+
+
+def test_a_graph_that_the_user_keeps_is_watched_no_more(bigram, windows):
+    model, kept = bigram(), []
+    model.hidden.register_forward_hook(lambda *call: kept.append(call[2]))
+    diagnose(model, shares_of_loss(model, windows(6)))
+    gc.collect()
+    assert len(kept) == 3
+    assert not [thing for thing in gc.get_objects() if type(thing) is Watch]
 
 
 def test_what_the_user_compiled_is_looked_into_and_stays_compiled(bigram, windows):

@@ -96,6 +96,25 @@ def test_a_kill_within_a_line_loses_that_line_alone(tmp_path):
         assert path.read_bytes() == data[:first]
 
 
+@pytest.mark.parametrize(
+    "garbage", [b"\0" * 40 + b"\n", b'{"step": 4, "lo\n{"step": 5}\n', b"\xff\n"]
+)
+def test_garbage_behind_the_steps_of_a_checkpoint_goes_as_a_power_loss_leaves_it(tmp_path, garbage):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [training(step) for step in range(1, 4)])
+    whole = path.read_bytes()
+    path.write_bytes(whole + garbage)
+    with pytest.raises(ValueError, match="line 4"):  # step 4 was vouched for, and is not there
+        JsonlSink(path, from_step=4)
+    assert path.read_bytes() == whole + garbage
+    JsonlSink(path, from_step=3).close()
+    assert path.read_bytes() == whole
+    path.write_bytes(garbage)  # no checkpoint says that this is a log at all
+    with pytest.raises(ValueError, match="line 1"):
+        JsonlSink(path)
+    assert path.read_bytes() == garbage
+
+
 def test_each_record_is_on_disk_before_write_returns(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)

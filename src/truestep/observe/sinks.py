@@ -163,8 +163,20 @@ class JsonlSink:
 
 
 def _cut_back(path: Path, from_step: int, storage: Storage) -> None:
-    """Remove records of later steps and a torn last line, atomically."""
-    kept = [line for line, record in read_records(path) if record["step"] <= from_step]
+    """Remove records of later steps and a torn end, atomically.
+
+    What a checkpoint vouches for was synced; what comes after it may be anything after a power
+    loss, and goes. Errors: ValueError for a line that cannot be read before that.
+    """
+    kept, reached = [], 0
+    try:
+        for line, record in read_records(path):
+            if record["step"] <= from_step:
+                kept.append(line)
+                reached = max(reached, record["step"])
+    except ValueError:
+        if not 0 < from_step <= reached:
+            raise
     if path.exists() and sum(map(len, kept)) != path.stat().st_size:
         replace_file(storage, path, b"".join(kept))
 

@@ -48,7 +48,6 @@ class Watch:
     def begin(self) -> None:
         """Forget the micro-batch before, and its graph."""
         self.forward = self.backward = None
-        self._running.clear()
         for handle in self._nodes.values():
             handle.remove()
         self._nodes.clear()

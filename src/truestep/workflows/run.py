@@ -45,7 +45,7 @@ def check_new_run(settings: RunSettings) -> None:
         if (root / settings.name).exists():
             raise _taken(root / settings.name)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        LOCAL.make_directory(root)
         _write_and_forget(root)
     except OSError as error:
         raise RunError(
@@ -101,6 +101,7 @@ def claim_directory(settings: RunSettings, source: str) -> Path:
                 raise _taken(directory) from None
             number += 1
         else:
+            LOCAL.sync_directory(root)  # the run's name, for what is saved below it
             return directory
 
 
