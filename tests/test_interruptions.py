@@ -1,0 +1,49 @@
+"""Signals at any moment: the run stops in order, says how to go on, and ends with the same bits."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    script = Path(__file__).with_name("interruptions.py")
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("signals")), "0", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_signal_at_any_moment_is_answered_with_its_exit_code_and_without_a_traceback(found):
+    interrupted = [run for run in found if run.get("sent")]
+    assert len(interrupted) >= 5
+    for run in interrupted:
+        assert run["code"] in {128 + run["sent"], 0}, run
+        assert "Traceback" not in run["text"]
+        assert run["offered"] or run["code"] == 0 or "error: interrupted" in run["text"], run
+    assert sum(run["code"] != 0 for run in interrupted) >= 4
+    assert not [run for run in found if run["moment"] == "preparing" and run["code"] == 0]
+
+
+def test_the_command_that_was_printed_goes_on_to_the_same_bits(found):
+    assert sum(run.get("offered", False) for run in found) >= 3
+    for run in found:
+        if run["moment"] != "twice":
+            assert run["resumed"] == 0, run
+            assert run["same"], run
+
+
+def test_signals_while_it_evaluates_and_while_it_saves_are_answered_after_that(found):
+    by_moment = {run["moment"]: run for run in found}
+    for moment in ("evaluating", "saving"):
+        assert by_moment[moment]["offered"], by_moment[moment]
+
+
+def test_a_second_signal_leaves_at_once(found):
+    twice = found[-1]
+    assert twice["code"] == -signal.SIGTERM
+    assert "nothing is lost" not in twice["text"]
