@@ -8,7 +8,7 @@ CORRUPTIONS ?= 100000
 SOURCES := src tests examples benchmarks docs
 export PYTHONHASHSEED := 0
 
-.PHONY: train test lint format docs bench torture clean
+.PHONY: train test lint format docs bench torture mutants clean
 
 train: $(VENV)/train.stamp
 	@$(BIN)/truestep train configs/quickstart.toml
@@ -39,12 +39,16 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 docs: $(VENV)/train.stamp
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_reliability.py
 
 bench: $(VENV)/train.stamp
 	$(BIN)/python benchmarks/throughput.py --workloads W1 W2 W3
 
 torture: $(VENV)/test.stamp
 	@$(BIN)/python -B tests/torture.py --kills $(KILLS) --corruptions $(CORRUPTIONS) --output docs/torture.json
+
+mutants: $(VENV)/test.stamp
+	@$(BIN)/python -B tests/mutants.py --output docs/mutants.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info

@@ -1,5 +1,7 @@
 """A disk that fills up while a run trains: told aloud, nothing lost, given up only in the end."""
 
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -53,6 +55,31 @@ def test_training_goes_on_over_a_full_disk_and_ends_with_the_same_bits_once_ther
     assert "saving failed (1 of 1000)" in text
     assert log_of("runs/cut") == log_of("runs/whole")
     assert weights_of("runs/cut", 60) == weights_of("runs/whole", 60)
+
+
+def test_every_record_up_to_a_checkpoint_is_on_the_disk_before_it_appears(monkeypatch):
+    fsync, replace, events = os.fsync, os.replace, []
+
+    def watched_fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        fsync(descriptor)
+        if path.endswith("metrics.jsonl"):
+            text = Path(path).read_text().splitlines()
+            events.append(max(json.loads(line)["step"] for line in text))
+
+    def watched_replace(source, target):
+        replace(source, target)
+        if Path(target).name.startswith("step-"):
+            events.append(Path(target).name)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    assert train("--run.save-every", "3") == 0
+    commits = [event for event in events if isinstance(event, str)]
+    assert commits == ["step-3", "step-6", "step-9", "step-12"]
+    for commit in commits:
+        synced = [event for event in events[: events.index(commit)] if isinstance(event, int)]
+        assert max(synced, default=0) >= int(commit.removeprefix("step-"))
 
 
 def test_it_gives_up_after_so_many_failed_saves_and_the_last_checkpoint_is_untouched(capsys):

@@ -1,6 +1,7 @@
 """The loop: data of every kind, companions, exact ends, models that do not fit."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -205,6 +206,21 @@ def test_metrics_speak_of_the_step_alone(bigram, windows):
     assert isinstance(metrics, StepMetrics)
     assert metrics.num_tokens == 32
     assert metrics.tokens_per_second == 32 / metrics.step_seconds
+
+
+def test_no_step_takes_the_time_that_companions_took(bigram, windows, monkeypatch):
+    real, skipped = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + skipped[0])
+
+    def evaluate_for_an_hour(trainer, _):
+        skipped[0] += 3600.0
+
+    sink = Records()
+    companions = [every(2, evaluate_for_an_hour)]
+    trainer = Trainer(bigram(), sinks=[sink], companions=companions)
+    trainer.fit([windows()], num_steps=5)
+    assert len(sink.records) == 5
+    assert all(record["step_seconds"] < 1800 for record in sink.records)
 
 
 class Output(nn.Module):

@@ -1,0 +1,301 @@
+"""Plant the bugs that others have shipped, one at a time, and see the suite go red: `make mutants`.
+
+Each is planted in a copy of the source, and the tests that must catch it run against the copy.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """A bug: what it is, the text of the source it replaces, and the tests that must fail."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant(
+        "mean of means over micro-batches",
+        "training/trainer.py",
+        "self._forward_backward(micro_batch, num_tokens)",
+        "self._forward_backward(micro_batch, micro_batch.num_targets * "
+        "-(-len(batch.tokens) // self.micro_batch_size(batch)))",
+        ("test_step.py",),
+    ),
+    Mutant(
+        "mean of means over ranks (each share by its own count)",
+        "loss.py",
+        "    if num_tokens is None:\n",
+        "    if True:\n",
+        ("test_step.py::test_shares_of_a_batch_on_several_ranks_add_up_to_the_whole_batch",),
+    ),
+    Mutant(
+        "uneven last window: padding is trained on",
+        "data/loader.py",
+        "np.full(shape, IGNORE_INDEX, dtype=np.int64)",
+        "np.zeros(shape, dtype=np.int64)",
+        ("test_loader.py",),
+    ),
+    Mutant(
+        "uneven last window: its tokens are dropped",
+        "data/loader.py",
+        "return -(-(len(split) - 1) // context_length)",
+        "return (len(split) - 1) // context_length",
+        ("test_loader.py",),
+    ),
+    Mutant(
+        "randomness not part of what is saved: dropout differs after a resume",
+        "training/trainer.py",
+        "with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):\n"
+        "                    loss",
+        "with contextlib.nullcontext():\n                    loss",
+        ("test_resume.py",),
+    ),
+    Mutant(
+        "iter() before the position is restored: data replayed after a resume",
+        "training/trainer.py",
+        "batches_from(data, self.step, resumed=resumed)",
+        "batches_from(data, 0, resumed=resumed)",
+        ("test_resume.py",),
+    ),
+    Mutant(
+        "visible before the data is durable: files are not synced",
+        "storage.py",
+        "        storage.sync(descriptor)\n",
+        "",
+        ("test_power_loss.py",),
+    ),
+    Mutant(
+        "visible before the data is durable: renamed before the manifest is written",
+        "storage.py",
+        "        write_file(self.storage, self.temporary / MANIFEST, [text.encode()])\n"
+        "        self.storage.sync_directory(self.temporary)\n"
+        "        self.storage.rename(self.temporary, self.target)\n",
+        "        self.storage.rename(self.temporary, self.target)\n"
+        "        write_file(self.storage, self.target / MANIFEST, [text.encode()])\n"
+        "        self.storage.sync_directory(self.target)\n",
+        ("test_checkpoint.py::test_whatever_fails_in_a_save_the_newest_is_the_old_or_the_new",),
+    ),
+    Mutant(
+        "commit not durable: the parent directory is not synced",
+        "storage.py",
+        "        self.storage.sync_directory(self.target.parent)\n",
+        "",
+        ("test_power_loss.py",),
+    ),
+    Mutant(
+        "swallowed writer error",
+        "checkpoint/writer.py",
+        "            in_flight.result()\n",
+        "            in_flight.exception()\n",
+        ("test_writer.py",),
+    ),
+    Mutant(
+        "weight decay on norms",
+        "training/optim.py",
+        '"weight_decay": 0.0}',
+        '"weight_decay": weight_decay}',
+        ("test_step.py",),
+    ),
+    Mutant(
+        "learning rate 0 on the first step",
+        "training/schedule.py",
+        "min((step + 1) / warmup_steps, 1.0)",
+        "min(step / warmup_steps, 1.0)",
+        ("test_fit.py",),
+    ),
+    Mutant(
+        "one update too many",
+        "training/trainer.py",
+        "if self.step >= end or self._stopping:",
+        "if self.step > end or self._stopping:",
+        ("test_fit.py",),
+    ),
+    Mutant(
+        "best checkpoint overwritten by a worse one",
+        "checkpoint/commit.py",
+        "sorted(comparable)[:count]",
+        "sorted(comparable)[-count:]",
+        ("test_writer.py",),
+    ),
+    Mutant(
+        "evaluation consumes training's randomness",
+        "training/evaluate.py",
+        "module_modes(model, training=False), random_state_kept(device), torch.no_grad()",
+        "torch.no_grad()",
+        ("test_fit.py",),
+    ),
+    Mutant(
+        "ids over 65535 wrap in uint16",
+        "data/tokens.py",
+        'return "uint16" if vocab_size <= 2**16 else "uint32"',
+        'return "uint16"',
+        ("test_tokens.py",),
+    ),
+    Mutant(
+        "_orig_mod. in saved names",
+        "checkpoint/snapshot.py",
+        'if part != "_orig_mod" and prefix not in wrapped',
+        "if prefix not in wrapped",
+        ("test_checkpoint.py",),
+    ),
+    Mutant(
+        "module. in saved names",
+        "checkpoint/snapshot.py",
+        'if part != "_orig_mod" and prefix not in wrapped',
+        'if part != "_orig_mod"',
+        ("test_checkpoint.py",),
+    ),
+    Mutant(
+        "tokens per second over a clock that includes evaluation",
+        "training/trainer.py",
+        "        self._clock = time.perf_counter()  # what companions took is no part of a step\n",
+        "",
+        ("test_fit.py",),
+    ),
+    Mutant(
+        "tokens per second over an earlier session, too",
+        "observe/display.py",
+        "        if self._warm:\n            self._recent.append",
+        "        if True:\n            self._recent.append",
+        ("test_display.py",),
+    ),
+    Mutant(
+        "a documented option nobody reads",
+        "config.py",
+        "    micro_batch_size: PositiveInt",
+        '    label_smoothing: float = trajectory(0.0, ge=0, lt=1)\n    """Share of the target '
+        'spread over all tokens."""\n\n    micro_batch_size: PositiveInt',
+        ("test_house_rules.py",),
+    ),
+    # Beyond those that others shipped: what this project promises on top.
+    Mutant(
+        "a checkpoint knows more than the log",
+        "workflows/session.py",
+        "before_commit=self._log.sync,",
+        "before_commit=lambda: None,",
+        ("test_disk_full.py",),
+    ),
+    Mutant(
+        "a validation that a signal cut off is never made up for",
+        "workflows/train.py",
+        "            session.catch_up()\n",
+        "",
+        ("test_cli.py::test_a_validation_that_a_signal_cut_off_is_made_up_for",),
+    ),
+    Mutant(
+        "the state is not copied before training goes on",
+        "checkpoint/writer.py",
+        "take_snapshot(trainer, facts, validation).staged()",
+        "take_snapshot(trainer, facts, validation)",
+        ("test_writer.py",),
+    ),
+    Mutant(
+        "a manifest's seal is not compared",
+        "storage.py",
+        "    if not sealed:\n",
+        "    if False:\n",
+        ("test_storage.py", "test_checkpoint.py"),
+    ),
+    Mutant(
+        "a non-finite step updates the parameters",
+        "training/guard.py",
+        "self._halted | ~finite | ~counts, self._halted",
+        "self._halted | ~counts, self._halted",
+        ("test_step.py",),
+    ),
+    Mutant(
+        "thread count not kept on resume",
+        "config.py",
+        'threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = trajectory("auto")',
+        'threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = cosmetic("auto")',
+        ("test_replay.py::test_the_number_of_threads_is_kept_and_applied_again",),
+    ),
+]
+
+
+def plant(mutant: Mutant, source: Path) -> None:
+    """Replace the text in a copy of the source; it must stand there exactly once."""
+    path = source / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.bug}: {mutant.file} has its text {text.count(mutant.old)} times")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run_tests(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Run tests against a copy of the source; return pytest's exit code and its output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(source.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, *(f"tests/{test}" for test in tests)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def judge(mutant: Mutant) -> str | None:
+    """Plant a bug and return the test that caught it, None if all passed."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as directory:
+        source = Path(directory, "truestep")
+        shutil.copytree(ROOT / "src/truestep", source, ignore=shutil.ignore_patterns("__pycache__"))
+        plant(mutant, source)
+        code, output = run_tests(source, mutant.tests)
+    if code == 0:
+        return None
+    failed = re.search(r"^FAILED tests/(\S+)", output, flags=re.MULTILINE)
+    if code != 1 or failed is None:  # not a test that failed, but tests that could not run
+        raise RuntimeError(f"{mutant.bug}: the tests did not run:\n{output[-2000:]}")
+    return failed[1]
+
+
+def main() -> int:
+    """Judge every bug, print a table and write it; 1 if one was not caught."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="bugs whose text contains this")
+    parser.add_argument("--output", type=Path, help="a JSON file for the table")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.bug]
+    tests = tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+    code, output = run_tests(ROOT / "src/truestep", tests)
+    if code:
+        print(f"the tests fail before anything is planted:\n{output[-2000:]}")
+        return 1
+    rows = []
+    for mutant in chosen:
+        start = time.monotonic()
+        caught_by = judge(mutant)
+        seconds = time.monotonic() - start
+        rows.append({"bug": mutant.bug, "file": mutant.file, "caught_by": caught_by})
+        print(
+            f"{'caught' if caught_by else 'MISSED':7}{mutant.bug} ({mutant.file}, {seconds:.0f} s)"
+        )
+        print(f"       {caught_by or 'every test passed'}", flush=True)
+    missed = sum(row["caught_by"] is None for row in rows)
+    print(f"{len(rows)} bugs planted, {len(rows) - missed} caught")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
