@@ -106,6 +106,26 @@ def test_text_to_trained_model_to_sample_evaluation_and_report(capsys):
     assert main(["report", str(run)]) == 0
 
 
+def test_a_checkpoint_is_chosen_by_being_newest_best_or_by_its_step(capsys):
+    every_step = ["--run.evaluate-every", "1", "--run.evaluation-windows", "9999"]
+    assert train(*every_step) == 0
+    worse = ["--training.num-steps", "15", "--training.learning-rate", "9"]
+    allow = ["--override", "training.num_steps", "--override", "training.learning_rate"]
+    assert main(["train", "--resume", "auto", *worse, *allow]) == 0
+    losses = {r["step"]: r["validation_loss"] for r in log_of("runs/text-1") if len(r) == 3}
+    best = min(losses, key=losses.get)
+    assert best <= 12
+    capsys.readouterr()
+    for arguments, step in [([], 15), (["best"], best), (["newest"], 15), (["14"], 14)]:
+        choice = ["--checkpoint", *arguments] if arguments else []
+        assert main(["evaluate", *choice]) == 0
+        out = capsys.readouterr().out
+        assert f"at step {step} on its validation text" in out
+        assert main(["sample", "--tokens", "3", *choice]) == 0
+    assert main(["sample", "--checkpoint", "7.5"]) == 2
+    assert "has none such; use newest, best" in capsys.readouterr().err
+
+
 def test_the_resolved_config_repeats_the_run_bit_for_bit():
     assert train() == 0
     assert main(["train", "runs/text-1/config.toml", "--run.name", "again"]) == 0

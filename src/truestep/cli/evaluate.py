@@ -1,7 +1,14 @@
 """`truestep evaluate`."""
 
 
-def evaluate(run: str = "auto", /, *, data: str | None = None, device: str = "auto") -> None:
+def evaluate(
+    run: str = "auto",
+    /,
+    *,
+    data: str | None = None,
+    checkpoint: str = "newest",
+    device: str = "auto",
+) -> None:
     """Measure a trained model's loss and bits per byte.
 
     Parameters
@@ -11,6 +18,8 @@ def evaluate(run: str = "auto", /, *, data: str | None = None, device: str = "au
     data
         Text to measure on: a file, a directory or a built-in corpus, all of it. Without it, the
         run's own validation text.
+    checkpoint
+        newest, best (by validation loss) or a step.
     device
         cpu, cuda, cuda:N or mps; auto is an accelerator if there is one.
 
@@ -22,4 +31,4 @@ def evaluate(run: str = "auto", /, *, data: str | None = None, device: str = "au
     from truestep.workflows.evaluate import evaluate_run
     from truestep.workflows.run import find_run
 
-    evaluate_run(find_run(run, resolve({}, os.environ).run), data, device, say)
+    evaluate_run(find_run(run, resolve({}, os.environ).run), data, device, checkpoint, say)

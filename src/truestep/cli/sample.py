@@ -15,6 +15,7 @@ def sample(
     temperature: Annotated[float, Parameter(validator=Number(gte=0))] = 0.8,
     top_p: Annotated[float, Parameter(validator=Number(gt=0, lte=1))] = 0.95,
     seed: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
+    checkpoint: str = "newest",
     device: str = "auto",
 ) -> None:
     """Let a trained model write.
@@ -33,6 +34,8 @@ def sample(
         Choose among the likeliest tokens that together have this probability.
     seed
         The same seed writes the same text.
+    checkpoint
+        newest, best (by validation loss) or a step.
     device
         cpu, cuda, cuda:N or mps; auto is an accelerator if there is one.
 
@@ -46,7 +49,7 @@ def sample(
     from truestep.workflows.run import find_run, load_trained, write_text
 
     directory = find_run(run, resolve({}, os.environ).run)
-    trained = load_trained(directory, lambda text: print(text, file=sys.stderr), device)
+    trained = load_trained(directory, lambda text: print(text, file=sys.stderr), device, checkpoint)
     written = write_text(
         trained.model,
         trained.tokenizer,

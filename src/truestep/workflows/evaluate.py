@@ -35,12 +35,14 @@ class _Text:
         return self._tokens[start:stop].astype(np.int64)
 
 
-def evaluate_run(directory: Path, source: str | None, device: str, say: Say) -> Evaluation:
-    """Return and say the loss of a run's newest model on `source`, or on its own validation text.
+def evaluate_run(
+    directory: Path, source: str | None, device: str, checkpoint: str, say: Say
+) -> Evaluation:
+    """Return and say the loss of a run's model on `source`, or on its own validation text.
 
     Errors: RunError for a run without a good checkpoint; CorpusError for a source without text.
     """
-    trained = load_trained(directory, say, device)
+    trained = load_trained(directory, say, device, checkpoint)
     tokenizer = trained.tokenizer
     data: Tokens
     if source is None:

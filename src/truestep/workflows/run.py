@@ -11,7 +11,11 @@ from typing import Any
 import tomli_w
 import torch
 
-from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
+from truestep.checkpoint.commit import (
+    DamagedCheckpointError,
+    best_checkpoints,
+    list_checkpoints,
+)
 from truestep.checkpoint.state import load_model
 from truestep.config import RunConfig, RunSettings
 from truestep.data.corpus import Say
@@ -202,14 +206,17 @@ class TrainedModel:
     facts: dict[str, Any]  # saved with the checkpoint
 
 
-def load_trained(directory: Path, say: Say, device: str = "auto") -> TrainedModel:
+def load_trained(
+    directory: Path, say: Say, device: str = "auto", checkpoint: str = "newest"
+) -> TrainedModel:
     """Return the model of a run's newest checkpoint that verifies; nothing on disk changes.
 
-    Errors: RunError for a run without a good checkpoint.
+    `checkpoint` may also be "best", by validation loss, or a step, which are taken alone.
+    Errors: RunError for a run without a good checkpoint, or without the one that was asked for.
     """
     config = read_run_config(directory)
     model = GPT(config.model).to(resolve_device(device))
-    for step, path in reversed(list_checkpoints(directory / CHECKPOINTS)):
+    for step, path in _candidates(directory, checkpoint):
         try:
             facts = load_model(path, model)
         except DamagedCheckpointError as error:
@@ -220,6 +227,26 @@ def load_trained(directory: Path, say: Say, device: str = "auto") -> TrainedMode
     raise RunError(
         f"{directory} has no good checkpoint yet; go on with: truestep train --resume {directory}"
     )
+
+
+def _candidates(directory: Path, checkpoint: str) -> list[tuple[int, Path]]:
+    """Return the checkpoints to try in turn, by step and path."""
+    found = list_checkpoints(directory / CHECKPOINTS)
+    if checkpoint == "newest" or not found:
+        return found[::-1]
+    best = best_checkpoints([path for _, path in found], 1)
+    chosen = [
+        (step, path)
+        for step, path in found
+        if str(step) == checkpoint or (checkpoint == "best" and path in best)
+    ]
+    if not chosen:
+        steps = ", ".join(str(step) for step, _ in found)
+        raise RunError(
+            f"--checkpoint {checkpoint}: {directory} has none such; use newest, best (if it was "
+            f"validated) or one of the steps {steps}"
+        )
+    return chosen
 
 
 def write_text(
