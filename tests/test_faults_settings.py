@@ -11,7 +11,8 @@ from test_cli import TINY, weights_of
 from truestep import RunConfig
 from truestep.cli import main
 from truestep.config import resolve
-from truestep.settings import ConfigError, refuse_changes, settings
+from truestep.settings import ConfigError, settings
+from truestep.workflows.history import refuse_changes
 
 SETTINGS = {setting.name: setting for setting in settings(RunConfig)}
 KEPT = [name for name, setting in SETTINGS.items() if setting.kept_on_resume]

@@ -7,7 +7,8 @@ import tomli_w
 
 from truestep import ConfigError, GPTConfig, RunConfig, TrainingConfig
 from truestep.config import resolve
-from truestep.settings import difference, settings
+from truestep.settings import settings
+from truestep.workflows.history import difference
 
 
 def test_command_line_beats_environment_beats_file_beats_base_beats_default(tmp_path):

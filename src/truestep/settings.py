@@ -8,7 +8,7 @@ import json
 import stat
 import tomllib
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -57,12 +57,12 @@ class Config(BaseModel):
     def _refuse_what_is_no_number(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, Mapping) else ():
             if isinstance(value, int) and abs(value) >= 2**63:
-                raise ValueError(f"{name}={_shown(value)} must be less than 2**63")
+                raise ValueError(f"{name}={shown(value)} must be less than 2**63")
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None and field.annotation is not bool:
                 raise ValueError(
-                    f"{name}={_shown(value)} is true or false, but must be "
-                    f"{_type_text(field.annotation)}; the default is {_shown(field.default)}"
+                    f"{name}={shown(value)} is true or false, but must be "
+                    f"{_type_text(field.annotation)}; the default is {shown(field.default)}"
                 )
         return values
 
@@ -206,36 +206,6 @@ def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
-    """Return each setting whose value differs, with its old and its new value."""
-    return [
-        (setting, _value(old, setting.name), _value(new, setting.name))
-        for setting in settings(type(new))
-        if _value(old, setting.name) != _value(new, setting.name)
-    ]
-
-
-def refuse_changes(old: C, new: C, allowed: Collection[str] = ()) -> None:
-    """Refuse every change of a setting that a resumed run must keep; those `allowed` may change.
-
-    Errors: ConfigError with a line for each: the old value, the new one and the remedy.
-    """
-    texts = [
-        f"{setting.name} was {_shown(before)} in this run and is now {_shown(after)}, which "
-        f"changes what is trained; leave it out, or allow it by --override {setting.name}"
-        for setting, before, after in difference(old, new)
-        if setting.kept_on_resume and setting.name not in allowed
-    ]
-    if texts:
-        raise ConfigError([Problem((), text) for text in texts])
-
-
-def _value(config: Config, name: str) -> Any:
-    for key in name.split("."):
-        config = getattr(config, key)
-    return config
-
-
 def _variable(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper().replace(".", "__")
 
@@ -287,7 +257,7 @@ def explain(
             ]
         elif detail["type"] == "extra_forbidden":
             hint = nearest(name, config.model_fields)
-            problems.append(Problem((name,), f"{_shown(name)} is not a setting{hint}"))
+            problems.append(Problem((name,), f"{shown(name)} is not a setting{hint}"))
         elif cause is not None:  # a rule of ours between several fields, a whole sentence
             problems.append(Problem((), str(cause)))
         else:
@@ -295,14 +265,14 @@ def explain(
             rules.setdefault(name, []).append(rule[:1].lower() + rule[1:])
     for name, alternatives in rules.items():
         text = (
-            f"{name}={_shown(values.get(name))} must be {' or '.join(dict.fromkeys(alternatives))}"
+            f"{name}={shown(values.get(name))} must be {' or '.join(dict.fromkeys(alternatives))}"
         )
-        default = _shown(config.model_fields[name].default)
+        default = shown(config.model_fields[name].default)
         problems.append(Problem((name,), f"{text}; the default is {default}"))
     return problems
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value as a person would type it, cut to one line."""
     text = value if isinstance(value, str) else json.dumps(value, default=repr)
     text = text.encode("unicode_escape").decode()

@@ -1,17 +1,49 @@
-"""Which settings each step of a run was trained with, changes on the way included.
+"""Which settings each step of a run was trained with, and which of them may change on the way.
 
 `config.toml` holds the settings of now, `changes.jsonl` what was changed after which step.
 """
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from truestep.config import RunConfig
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import JsonlSink
-from truestep.settings import difference, validate
+from truestep.settings import Config, ConfigError, Problem, Setting, settings, shown, validate
 from truestep.workflows.run import read_run_config
 
 CHANGES = "changes.jsonl"
+
+
+def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
+    """Return each setting whose value differs, with its old and its new value."""
+    return [
+        (setting, _value(old, setting.name), _value(new, setting.name))
+        for setting in settings(type(new))
+        if _value(old, setting.name) != _value(new, setting.name)
+    ]
+
+
+def refuse_changes(old: Config, new: Config, allowed: Collection[str] = ()) -> None:
+    """Refuse every change of a setting that a resumed run must keep; those `allowed` may change.
+
+    Errors: ConfigError with a line for each: the old value, the new one and the remedy.
+    """
+    texts = [
+        f"{setting.name} was {shown(before)} in this run and is now {shown(after)}, which "
+        f"changes what is trained; leave it out, or allow it by --override {setting.name}"
+        for setting, before, after in difference(old, new)
+        if setting.kept_on_resume and setting.name not in allowed
+    ]
+    if texts:
+        raise ConfigError([Problem((), text) for text in texts])
+
+
+def _value(config: Config, name: str) -> Any:
+    for key in name.split("."):
+        config = getattr(config, key)
+    return config
 
 
 def record_changes(directory: Path, step: int, before: RunConfig, after: RunConfig) -> None:

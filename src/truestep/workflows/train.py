@@ -18,11 +18,10 @@ from truestep.data.loader import Prefetch
 from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import as_json
-from truestep.settings import refuse_changes
 from truestep.training.guard import NonFiniteError
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_text, say_what_changed
-from truestep.workflows.history import count_skipped, record_changes
+from truestep.workflows.history import count_skipped, record_changes, refuse_changes
 from truestep.workflows.memory import memory_explained
 from truestep.workflows.run import (
     BUNDLES,
