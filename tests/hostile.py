@@ -35,7 +35,6 @@ name = "run"
 sample_tokens = 5
 """
 CONTROLS = "\x1b[31m\x1b]0;title\x07\r\n\u202e<script>\u2028\x00\x9b"
-SAMPLES = "samples.jsonl"
 CANARY = "canary"  # beside the place: must never come to be
 
 
@@ -262,7 +261,7 @@ def _run_cases():
                 # A last line without its end was torn by a kill; a run goes on without its facts.
                 lenient = file == "samples.jsonl" or (file, verb) == ("manifest.json", "resume")
                 codes = frozenset({0, 2}) if lenient and name != "a directory" else REFUSED
-                quick = number % len(commands) == turn and (verb, file) != ("resume", SAMPLES)
+                quick = number % len(commands) == turn
                 case = Case(command, bad(f"runs/run/{file}"), codes, quick)
                 cases[f"{verb}, {file}: {name}"] = case
 
@@ -270,6 +269,9 @@ def _run_cases():
         text = "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records)
         return _write(f"runs/run/{file}", text)
 
+    cases["verify, metrics.jsonl: a fifo"] = Case(
+        ["verify", "runs/run"], _fifo("runs/run/metrics.jsonl")
+    )
     shown = frozenset({0, 1, 2})
     step = {"step": 1, "loss": 1.0}
     odd = {
@@ -416,7 +418,7 @@ def _prepared_cases():
         "manifest: a shard of control characters": shards(CONTROLS),
         "manifest: no shard": shards(),
         "manifest: a shard that is not there": shards("validation-00001.bin"),
-        "manifest: a shard ten thousand times": shards(*["validation-00000.bin"] * 10**4),
+        "manifest: a shard a million times": shards(*["validation-00000.bin"] * 10**6),
         "manifest: a list of documents upwards": change(
             lambda content: content["validation"].update(documents="../documents.jsonl")
         ),

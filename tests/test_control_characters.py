@@ -11,7 +11,7 @@ from truestep.cli import main
 
 CONTROLS = "\x1b[31m\x1b]0;title\x07\x9b\u202e\u2066<script>alert(1)</script>&\r"
 NAME = f"te\nxt {CONTROLS}".replace("/", "")
-TEXTS = "texts"
+TEXTS = NAME
 
 
 @pytest.fixture(autouse=True)

@@ -41,10 +41,11 @@ else:
 
 
 def say(text: str) -> None:
-    """Print a line that any encoding can take, at once."""
+    """Print text that any encoding can take and no terminal obeys, at once."""
     from truestep.observe.sinks import print_line  # imports numpy, which `--help` does without
+    from truestep.observe.text import printable
 
-    print_line(sys.stdout, text)
+    print_line(sys.stdout, printable(text))
 
 
 def given(options: Config) -> dict[str, Any]:

@@ -19,8 +19,9 @@ def verify(path: str = "auto", /) -> int:
 
     from truestep.cli.options import say
     from truestep.config import resolve
-    from truestep.workflows.run import find_run
+    from truestep.workflows.run import CONFIG, find_run
     from truestep.workflows.verify import verify as verify_path
 
-    run = find_run(path, resolve({}, os.environ).run) if path == "auto" else Path(path)
-    return 1 if verify_path(run, say) else 0
+    is_run = path == "auto" or (Path(path) / CONFIG).is_file()
+    found = find_run(path, resolve({}, os.environ).run) if is_run else Path(path)
+    return 1 if verify_path(found, say) else 0

@@ -170,17 +170,14 @@ def evaluation_batches(
         raise ValueError(f"num_windows={num_windows} must be at least 1")
     total = _num_windows(split, context_length)
     count = total if num_windows is None else min(num_windows, total)
-    chosen = [(2 * i + 1) * total // (2 * count) for i in range(count)]  # middle of each share
-    return (
-        _read_windows(
-            split,
-            np.array(chosen[first : first + batch_size], dtype=np.int64),
-            context_length,
-            first,
-            num_rows=batch_size,
-        )
-        for first in range(0, count, batch_size)
-    )
+
+    def batch_from(first: int) -> Batch:
+        shares = range(first, min(first + batch_size, count))
+        windows = [(2 * i + 1) * total // (2 * count) for i in shares]  # the middle of each
+        chosen = np.array(windows, dtype=np.int64)
+        return _read_windows(split, chosen, context_length, first, num_rows=batch_size)
+
+    return (batch_from(first) for first in range(0, count, batch_size))
 
 
 def _check_sizes(context_length: int, batch_size: int) -> None:

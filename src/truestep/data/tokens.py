@@ -102,6 +102,8 @@ class TokenSplit:
         self.num_bytes = record.num_bytes
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._vocab_size = vocab_size
+        if len(set(record.shards)) < len(record.shards):
+            raise StorageError(f"{directory / MANIFEST}: shards: a shard is listed twice")
         self._shards = [directory / name for name in record.shards]
         self._starts = [0]  # of every shard, in tokens, and the end of the last
         for path in self._shards:

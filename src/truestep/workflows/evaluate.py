@@ -61,7 +61,7 @@ def evaluate_run(
         evaluation_batches(
             data,
             context_length=trained.config.model.context_length,
-            batch_size=trained.config.data.batch_size,
+            batch_size=int(trained.config.training.micro_batch_size),
         ),
         token_bytes=torch.from_numpy(tokenizer.token_bytes),
     )

@@ -47,11 +47,9 @@ class Session:
             )
             stack.callback(self.display.close)
             say = self.display.say
-            self._log, self._samples = (
-                JsonlSink(directory / name, from_step=trainer.step, say=say)
-                for name in (METRICS, SAMPLES)
-            )
+            self._log = JsonlSink(directory / METRICS, from_step=trainer.step, say=say)
             stack.callback(self._log.close)
+            self._samples = JsonlSink(directory / SAMPLES, from_step=trainer.step, say=say)
             stack.callback(self._samples.close)
             self._writer = CheckpointWriter(
                 directory / CHECKPOINTS,
@@ -120,7 +118,7 @@ class Session:
         batches = evaluation_batches(
             data.validation,
             context_length=config.model.context_length,
-            batch_size=config.data.batch_size,
+            batch_size=int(config.training.micro_batch_size),  # what fits in memory in training
             num_windows=num_windows,
         )
         token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
