@@ -679,6 +679,15 @@ def test_a_second_process_is_kept_out_at_once_until_the_first_dies(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != "step-0"] == [".lock"]
 
 
+def test_the_holder_s_name_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock.json").symlink_to(tmp_path / "outside")
+    with RunLock(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / ".lock.json").read_text())["pid"] == os.getpid()
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
 READ_ONLY = """
 import os
 from pathlib import Path

@@ -19,7 +19,7 @@ from truestep.checkpoint.commit import (
     validation_of,
 )
 from truestep.checkpoint.lock import CheckpointError
-from truestep.checkpoint.state import load_checkpoint
+from truestep.checkpoint.state import load_checkpoint, save_checkpoint
 from truestep.checkpoint.writer import CheckpointWriter
 from truestep.storage import LOCAL, LocalStorage, StorageError
 
@@ -88,6 +88,24 @@ def test_at_most_one_save_is_in_flight_and_the_next_waits_for_it(tmp_path, train
         assert len(list(tmp_path.glob(".tmp-*"))) == 1
         gate.opened.set()
         second.join(30)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
+
+
+def test_a_save_in_the_foreground_waits_for_the_one_in_flight_and_spares_its_files(
+    tmp_path, trainer, windows
+):
+    gate = Gate()
+    with CheckpointWriter(tmp_path, storage=gate) as writer:
+        trainer.training_step(windows())
+        writer.save(trainer)
+        assert gate.reached.wait(30)
+        trainer.training_step(windows())
+        foreground = threading.Thread(target=save_checkpoint, args=[trainer, tmp_path])
+        foreground.start()
+        time.sleep(0.05)
+        assert foreground.is_alive()
+        gate.opened.set()
+        foreground.join(30)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
 
 

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ VERSION = 1
 _MIN_KEEP = 2  # the newest, and one to go back to if it proves damaged
 _BAD_PREFIX = ".bad-"
 _STEP = re.compile("step-(0|[1-9][0-9]*)")
+_SAVING = threading.Lock()  # RunLock lets this process in twice; a save under way is no leftover
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -129,7 +131,7 @@ def commit_checkpoint(
         raise ValueError(f"keep={keep} must be at least {_MIN_KEEP}: one to go back to")
     path = directory / f"step-{step}"
     manifest = {**content, "format": FORMAT, "version": VERSION, "step": step}
-    with RunLock(directory):
+    with _SAVING, RunLock(directory):
         with suppress(PermissionError):  # one may write below what one may not read
             # Whoever made `directory`, or the log beside it, may have died before this.
             storage.sync_directory(directory.parent)

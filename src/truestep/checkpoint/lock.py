@@ -59,7 +59,9 @@ class RunLock:
             started = datetime.now(UTC).isoformat(timespec="seconds")
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
             try:
-                self._holder.write_text(json.dumps(holder), encoding="utf-8")
+                self._holder.unlink(missing_ok=True)  # a link there is not written through
+                with self._holder.open("x", encoding="utf-8") as file:
+                    json.dump(holder, file)
             except OSError:
                 self._lock.release()
                 raise
