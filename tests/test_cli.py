@@ -147,6 +147,14 @@ def test_a_signal_saves_says_how_to_go_on_and_resume_is_bit_identical(number):
     assert weights_of("runs/cut", 40) == weights_of("runs/whole", 40)
 
 
+def test_a_signal_after_the_last_step_changes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "truestep.workflows.train.draw_plots", lambda run: signal.raise_signal(signal.SIGTERM)
+    )
+    assert train() == 0
+    assert "Try next:" in capsys.readouterr().out
+
+
 def test_a_validation_that_a_signal_cut_off_is_made_up_for():
     often = ["--run.evaluate-every", "1", "--training.num-steps", "30"]
     assert train(*often, "--run.name", "whole") == 0

@@ -12,6 +12,7 @@ from test_cli import log_of, train, weights_of, workplace  # noqa: F401 used by 
 
 from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
 from truestep.cli import main
+from truestep.shell import command
 
 pytestmark = pytest.mark.skipif(
     not hasattr(resource, "prlimit"), reason="the limit of another process is set by prlimit"
@@ -88,7 +89,8 @@ def test_it_gives_up_after_so_many_failed_saves_and_the_last_checkpoint_is_untou
     assert code == 1, text
     assert "saving failed (3 of 3)" in text
     assert text.splitlines()[-1].startswith("error: ")
-    assert "make room, then go on with: truestep train --resume auto" in text.splitlines()[-1]
+    remedy = f"make room, then go on with: {command('train', '--resume', Path('runs/cut'))}"
+    assert text.splitlines()[-1].endswith(remedy)
     assert "Traceback" not in text
     checkpoints = list_checkpoints(Path("runs/cut/checkpoints"))
     assert len(checkpoints) >= 2

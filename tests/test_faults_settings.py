@@ -91,6 +91,42 @@ def content_of(directory):
     return {path: path.read_bytes() for path in paths if not path.name.startswith(".lock")}
 
 
+@pytest.mark.parametrize("name", ["training.seed", "model.dropout", "data.batch_size"])
+def test_a_changed_or_missing_line_of_the_run_s_own_settings_is_refused(place, name, capsys):
+    path = place / "runs/run/config.toml"
+    key = name.split(".")[1]
+    lines = path.read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{key} ="))
+    for other in (f"{key} = {0.5 if key == 'dropout' else 7}", ""):
+        path.write_text("\n".join(other if each == line else each for each in lines))
+        if key != "seed" or other:  # without its line, the seed is what it was
+            before = content_of(place / "runs")
+            assert main(["train", "--resume", "runs/run"]) == 2
+            assert f"error: {name} was " in capsys.readouterr().err
+            assert content_of(place / "runs") == before
+
+
+def test_a_change_that_was_allowed_stays_so_until_it_is_in_a_checkpoint(place, monkeypatch, capsys):
+    def no_room(*_):
+        raise OSError("no training today")
+
+    longer = ["--training.num-steps", "20", "--override", "training.num-steps"]
+    with monkeypatch.context() as patch:
+        patch.setattr("truestep.training.trainer.Trainer.fit", no_room)
+        assert main(["train", "--resume", "runs/run", *longer]) == 1
+    assert "no training today" in capsys.readouterr().err
+    assert main(["train", "--resume", "runs/run"]) == 0
+    changes = [json.loads(line) for line in Path("runs/run/changes.jsonl").read_text().splitlines()]
+    assert [(c["setting"], c["after"]) for c in changes] == [("training.num_steps", 20)]
+    assert main(["verify", "runs/run"]) == 0
+
+
+def test_the_name_of_a_run_cannot_change_on_the_way(place, capsys):
+    assert main(["train", "--resume", "runs/run", "--run.name", "other"]) == 2
+    assert "run.name cannot change in runs/run; leave it out" in capsys.readouterr().err
+    assert main(["train", "--resume", "runs/run", "--run.name", "run"]) == 0
+
+
 def test_every_setting_has_another_value_but_the_one_of_a_single_choice(place):
     config = resolve({}, {}, Path("runs/run/config.toml"))
     single = [name for name in SETTINGS if another(name, value_of(config, name)) is None]

@@ -14,6 +14,7 @@ LEVELS = {
     "batch": 0,
     "loss": 0,
     "metrics": 0,
+    "shell": 0,
     "storage": 0,
     "runtime": 1,
     "data": 1,

@@ -30,7 +30,7 @@ FORBIDDEN_CALLS = {
 # What opens a file for writing outside of storage.py, each with its reason.
 WRITERS = {
     ("observe/sinks.py", "path.open"): "a log grows by a line; a torn last one is dropped",
-    ("checkpoint/lock.py", "self._holder.write_text"): "says who holds a lock; nobody relies on it",
+    ("checkpoint/lock.py", "self._holder.open"): "says who holds a lock; nobody relies on it",
     ("workflows/run.py", "tempfile.TemporaryFile"): "tries the disk, in a file without a name",
     ("cli/__init__.py", "open"): "the null device, where the output was closed",
     ("cli/app.py", "os.open"): "the null device, where the reader has left",

@@ -20,9 +20,10 @@ from truestep.checkpoint.bundle import read_batch
 from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
 from truestep.checkpoint.lock import CheckpointError
 from truestep.cli import main
+from truestep.shell import command
 
 # Above what float32 holds: the second step starts from parameters that are not finite.
-DIVERGING = ["--training.learning-rate", "1e38", "--training.max-grad-norm", "off"]
+DIVERGING = ["--training.learning-rate", "1e30", "--training.max-grad-norm", "off"]
 
 
 def tree(directory):
@@ -160,7 +161,7 @@ def test_a_loss_that_is_not_finite_leaves_a_bundle_that_replays_in_a_fresh_proce
     step = failed["step"]
     assert step > 1
     bundle = Path(f"runs/text-1/bundles/step-{step}-before")
-    assert f"truestep replay {bundle}" in out.out
+    assert f"  {command('replay', bundle)}\n" in out.out
     verify_checkpoint(bundle)
     # The batch is that step's, and the state is the one before it, as the checkpoint has it.
     assert read_batch(bundle).hash() == failed["batch_hash"]
@@ -172,7 +173,7 @@ def test_a_loss_that_is_not_finite_leaves_a_bundle_that_replays_in_a_fresh_proce
     assert code == 0, out
     assert f"step {step}: loss {failed['loss']}" in out.out
     assert "the same bits as in the run" in out.out
-    assert out.out.count("parameters: ") == 2, out.out  # then and now
+    assert out.out.count("backward: ") == 2, out.out  # then and now
 
 
 def test_going_on_after_a_loss_that_was_not_finite_meets_it_again_with_the_same_bits(capsys):
@@ -182,9 +183,17 @@ def test_going_on_after_a_loss_that_was_not_finite_meets_it_again_with_the_same_
     assert main(["train", "--resume", "auto"]) == 1
     assert tree("runs/text-1/checkpoints") == before
     assert log_of("runs/text-1") == log
-    assert len(list(Path("runs/text-1/bundles").iterdir())) == len(bundles) + 1
+    assert list(Path("runs/text-1/bundles").iterdir()) == bundles  # the same bytes, once
     last = str(log[-1]["step"])
     assert replayed(capsys, "--step", "1", "--to", last)[0] == 0
+
+
+def test_parameters_that_are_not_finite_are_not_saved_and_that_is_said(capsys):
+    further = ["--training.learning-rate", "3e38", "--training.max-grad-norm", "off"]
+    assert train(*further, "--run.save-every", "9") == 1
+    out = capsys.readouterr().out
+    assert "the parameters of step 1 are not finite and are not saved; lower training.lear" in out
+    assert not list(Path("runs/text-1").glob("checkpoints/step-*"))
 
 
 class Fragile(torch.nn.Module):
@@ -223,7 +232,10 @@ def test_a_bundle_of_any_model_brings_state_and_batch_to_another_trainer(bigram,
     assert metrics.skipped
     assert repr(metrics.loss) == repr(caught.value.metrics.loss)
     assert repr(metrics.grad_norm) == repr(caught.value.metrics.grad_norm)
-    assert save_bundle(trainer, loaded, tmp_path) == tmp_path / "step-3-before-2"
+    assert save_bundle(trainer, loaded, tmp_path) == path  # the same bytes are there already
+    other = Batch.of(batch(5, 0.5))
+    assert save_bundle(trainer, other, tmp_path) == tmp_path / "step-3-before-2"
+    assert save_bundle(trainer, other, tmp_path) == tmp_path / "step-3-before-2"
 
 
 def test_a_checkpoint_is_no_bundle(bigram, windows, tmp_path):

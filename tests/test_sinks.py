@@ -5,6 +5,7 @@ import io
 import json
 import math
 import resource
+import shutil
 import struct
 from pathlib import Path
 
@@ -250,9 +251,30 @@ def test_the_console_never_hides_a_validation_or_a_skipped_update():
     assert "validation loss 2.2500  3.2461 bits per byte" in lines[-1]
 
 
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced", "with its directory"])
+def test_a_log_that_is_gone_from_its_place_cannot_be_synced(tmp_path, how):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    sink = JsonlSink(path)
+    sink.write({"step": 1, "loss": 2.0})
+    sink.sync()
+    if how == "with its directory":
+        shutil.rmtree(path.parent)
+    else:
+        path.rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        path.write_text("another")
+    message = "another file was put in its place" if how == "replaced" else "No such file"
+    with pytest.raises(StorageError, match=message):
+        sink.sync()
+    sink.close()
+
+
 def test_observing_never_imports_torch_or_anything_of_a_trainer():
     folder = Path(truestep.observe.__file__).parent
-    allowed = ("truestep.observe", "truestep.metrics", "truestep.settings", "truestep.storage")
+    allowed = tuple(
+        f"truestep.{name}" for name in ("observe", "metrics", "settings", "shell", "storage")
+    )
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]

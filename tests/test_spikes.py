@@ -19,6 +19,7 @@ from truestep.observe.spikes import (
     SpikeWatch,
     find_spikes,
 )
+from truestep.shell import command
 
 VALIDATION = {"step": 7, "validation_loss": 99.0}
 
@@ -183,13 +184,14 @@ def test_a_report_ends_with_the_command_that_shows_the_step(tmp_path, name):
     write_log(run, [training(step, loss) for step, loss in enumerate(losses, start=1)])
     SpikeWatch(run, reports.append, from_step=120).write(training(121, 5.25))
     (report,) = reports
-    text, command = report.split("; see what was in it: ")
+    text, typed = report.split("; see what was in it: ")
     # The median is halfway, and every loss lies 0.05 from it.
     assert text == (
         f"loss spike at step 121: 5.250, {3.2 / 1.4826 / 0.05:.1f} deviations above the median "
         "2.050 of the steps before it"
     )
-    assert shlex.split(command) == ["truestep", "inspect", str(run), "--step", "121"]
+    assert typed == command("inspect", run, "--step", "121")
+    assert shlex.split(typed)[-4:] == ["inspect", str(run), "--step", "121"]
 
 
 def test_a_report_is_one_harmless_line_whatever_the_run_is_called(tmp_path):

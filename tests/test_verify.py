@@ -12,6 +12,7 @@ from test_cli import train, workplace  # noqa: F401 the fixture is used by its n
 from test_replay import tree
 
 from truestep import Trainer, load_checkpoint, save_checkpoint
+from truestep.checkpoint.commit import list_checkpoints
 from truestep.checkpoint.tensors import safetensors_chunks
 from truestep.cli import main
 
@@ -75,7 +76,12 @@ def test_one_changed_byte_anywhere_is_found_and_its_file_named(capsys, run):
     [
         (lambda run: (run / "config.toml").write_text("[training]\nseed = 'x'"), "config.toml"),
         (lambda run: (run / "manifest.json").unlink(), "manifest.json"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{"ste'), "steps 1 to 1"),
+        (lambda run: append(run / "metrics.jsonl", '{"ste'), "steps 1 to 12"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "ends at step 0, but step 12 was"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "ends at step 0, but step 12 was saved"),
+        (lambda run: drop_line(run, slice(8, None)), "ends at step 8, but step 12 was saved"),
+        (lambda run: (run / "config.toml").write_text(""), "the run was last saved with"),
+        (lambda run: replace_in(run / "config.toml", "seed = 0", "seed = 5"), "seed is 5, but the"),
         (lambda run: drop_line(run, 4), "step 6 follows step 4"),
         (lambda run: drop_line(run, 4, twice=True), "step 5 follows step 5"),
         (lambda run: (run / "samples.jsonl").write_text("[]\n"), "samples.jsonl: line 1"),
@@ -88,14 +94,41 @@ def test_what_is_wrong_in_a_run_is_named(capsys, run, spoil, words):
     spoil(run)
     code, out = verified(capsys, run)
     assert words in out, out
-    assert code == (0 if words == "steps 1 to 1" else 1)  # a torn last line was never committed
+    assert code == (0 if words == "steps 1 to 12" else 1)  # a torn last line was never committed
 
 
 def drop_line(run, index, *, twice=False):
     path = run / "metrics.jsonl"
     lines = [line for line in path.read_text().splitlines(keepends=True) if "grad_norm" in line]
-    lines[index : index + 1] = [lines[index]] * 2 if twice else []
+    cut = index if isinstance(index, slice) else slice(index, index + 1)
+    lines[cut] = [lines[index]] * 2 if twice else []
     path.write_text("".join(lines))
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+
+
+def replace_in(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_damage(capsys, run, monkeypatch):
+    def and_one_more(directory):
+        return [(4, directory / "step-4"), *list_checkpoints(directory)]
+
+    monkeypatch.setattr("truestep.workflows.verify.list_checkpoints", and_one_more)
+    code, out = verified(capsys, run)
+    assert code == 0
+    assert "ok   checkpoints/step-4: removed meanwhile by its run, which keeps newer ones" in out
+
+
+def test_going_on_after_the_log_lost_steps_says_which(capsys, run):
+    drop_line(run, slice(3, 5))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "metrics.jsonl is damaged: it lacks steps from 4 on, of 12" in capsys.readouterr().out
 
 
 def test_a_checkpoint_whose_hashes_agree_but_whose_shapes_do_not_is_bad(capsys, run):

@@ -22,6 +22,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
+DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 BLOCK_BYTES = 2**20

@@ -1,11 +1,18 @@
 """A forensic bundle: the state before a step, and that step's batch, to see it happen again."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from truestep.batch import Batch
-from truestep.checkpoint.commit import FORMAT, VERSION, damage_named, read_checkpoint_manifest
+from truestep.checkpoint.commit import (
+    FORMAT,
+    VERSION,
+    damage_named,
+    holds_files,
+    read_checkpoint_manifest,
+)
 from truestep.checkpoint.lock import CheckpointError
 from truestep.checkpoint.snapshot import BATCH_FILE, Resumable, take_snapshot
 from truestep.checkpoint.state import load_checkpoint
@@ -25,15 +32,17 @@ def save_bundle(
 ) -> Path:
     """Save the state of a run with the batch of its next step, and return the bundle's path.
 
-    It is a new directory `step-N-before` below `directory`, N being that next step; a number is
-    added where there is one. Errors: as `save_checkpoint`.
+    It is a directory `step-N-before` below `directory`, N being that next step; a number is added
+    where there is another one. The same bytes are not written twice. Errors: as `save_checkpoint`.
     """
     inputs = {_INPUT + name: value for name, value in batch.inputs.items()}
     tensors = {"tokens": batch.tokens, "targets": batch.targets, **inputs}
     snapshot = take_snapshot(trainer, facts, extra={BATCH_FILE: tensors})
     name = f"step-{trainer.step + 1}-before"
     number, target = 1, Path(directory) / name
-    while target.exists():
+    while os.path.lexists(target):
+        if holds_files(target, snapshot.files()):
+            return target
         number += 1
         target = target.with_name(f"{name}-{number}")
     with DirectoryWriter(target, storage) as writer:

@@ -139,7 +139,11 @@ def commit_checkpoint(
             storage.remove(leftover)
         if os.path.lexists(path):
             verify_checkpoint(path)
-            _require_same_files(path, files)
+            if not holds_files(path, files):
+                raise CheckpointError(
+                    f"{path} holds another state of this step; save into another directory, or "
+                    "remove it"
+                )
             storage.sync_directory(directory)  # its own save may have died before this
         else:
             with DirectoryWriter(path, storage) as writer:
@@ -152,18 +156,22 @@ def commit_checkpoint(
     return path
 
 
-def _require_same_files(path: Path, files: Mapping[str, Iterable[Any]]) -> None:
-    """Refuse to take the state of another training for this one."""
-    _, records = read_checkpoint_manifest(path)
-    for name, chunks in files.items():
-        digest = hashlib.sha256()
-        for chunk in chunks:
-            digest.update(chunk)
-        if records[name].sha256 != digest.hexdigest():
-            raise CheckpointError(
-                f"{path} holds another state of this step (its {name} differs); save into "
-                "another directory, or remove it"
-            )
+def holds_files(path: Path, files: Mapping[str, Iterable[Any]]) -> bool:
+    """Say whether a checkpoint is one of just these bytes, as its manifest has it."""
+    try:
+        _, records = read_checkpoint_manifest(path)
+    except CheckpointError:
+        return False
+    return records.keys() == files.keys() and all(
+        records[name].sha256 == _sha256(chunks) for name, chunks in files.items()
+    )
+
+
+def _sha256(chunks: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _prune(checkpoints: Sequence[Path], storage: Storage) -> None:

@@ -80,7 +80,7 @@ class CheckpointWriter:
             in_flight.result()
         except OSError as error:
             self._saved_step = None  # this step may be tried again
-            self._failures += 1
+            self._failures = min(self._failures + 1, self._max_failures)
             self._say(f"saving failed ({self._failures} of {self._max_failures}): {error}")
             gives_up = self._failures >= self._max_failures
             self._error = None if gives_up else error  # for `close`, unless a later save succeeds

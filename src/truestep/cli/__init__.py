@@ -1,5 +1,6 @@
 """The command line: one thin file a command, each imported only when it is called."""
 
+import functools
 import os
 import signal
 import sys
@@ -28,6 +29,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     return run(sys.argv[1:] if arguments is None else list(arguments))
 
 
-def _leave(number: int, _: object) -> None:
-    os.write(2, b"error: interrupted\n")
+def say_when_interrupted(text: str) -> None:
+    """Add what to do next to what is said when a signal ends this command at once."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, functools.partial(_leave, text=f"; {text}"))
+
+
+def _leave(number: int, _: object, text: str = "") -> None:
+    os.write(2, f"error: interrupted{text}\n".encode("ascii", "backslashreplace"))
     os._exit(128 + number)

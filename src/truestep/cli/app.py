@@ -1,6 +1,5 @@
 """The commands, and how they end: exit codes and errors of one line."""
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -59,9 +58,10 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, TypeError) as error:
         return _fail(str(error), USAGE)
     except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-        remedy = "; make room, then go on with: truestep train --resume auto" if full else ""
-        return _fail(f"{error}{remedy}", RUNTIME)
+        from truestep.storage import DISK_FULL
+
+        full = error.errno in DISK_FULL
+        return _fail(f"{error}; make room and try again" if full else str(error), RUNTIME)
     except (RuntimeError, MemoryError) as error:
         from truestep.workflows.memory import explain_out_of_memory, is_out_of_memory
 

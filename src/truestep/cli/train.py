@@ -1,18 +1,17 @@
 """`truestep train`."""
 
 import os
-import shlex
-import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from truestep.cli import say_when_interrupted
 from truestep.cli.options import RunOptions, given, say
 from truestep.config import RunConfig, resolve
 from truestep.settings import ConfigError, Problem, nearest, settings
+from truestep.shell import command
 
 _NO_OPTIONS = RunOptions()
 
@@ -40,7 +39,8 @@ def train(
     resume
         Go on with a run: its directory, or auto for the newest one (a new run, if there is none).
     override
-        A setting that may change what is trained when a run goes on, such as training.seed.
+        A setting that may change what is trained when a run goes on, such as training.seed; once
+        for each.
     options
         The settings.
 
@@ -49,6 +49,7 @@ def train(
     if data is not None:
         explicit.setdefault("data", {})["source"] = data
     known = [setting.name for setting in settings(RunConfig)]
+    override = tuple(name.replace("-", "_") for name in override)
     for name in override:
         if name not in known:
             text = f"--override {name} names no setting{nearest(name, known)}"
@@ -73,6 +74,9 @@ def train(
     if directory is None:
         outcome = train_run(chosen, say)
     else:
+        say_when_interrupted(f"go on with: {command('train', '--resume', directory)}")
+        if explicit.get("run", {}).get("name", directory.name) != directory.name:
+            raise RunError(f"run.name cannot change in {directory}; leave it out, or move the run")
         base = read_run_config(directory).model_dump(mode="json")
         chosen = resolve(explicit, os.environ, config, base)
         outcome = resume_run(chosen, directory, say, frozenset(override))
@@ -81,25 +85,15 @@ def train(
 
 def _conclude(directory: Path, step: int, stopped_by: str | None) -> int:
     """Say where everything lies and what to try next; return the exit code."""
-    command, run = _command(), shlex.quote(str(directory))
     if stopped_by is not None:
         say(f"stopped by {stopped_by} at step {step}; nothing is lost. Go on with:")
-        say(f"  {command} train --resume {run}")
+        say(f"  {command('train', '--resume', directory)}")
         return 128 + signal.Signals[stopped_by].value
     say(f"checkpoint  {directory}/checkpoints/step-{step}")
     say(f"plot        {directory}/plots/loss.png")
     say(f"report      {directory}/report.html")
     say("Try next:")
-    say(f"  {command} sample {run} --tokens 500")
-    say(f"  {command} evaluate {run}")
-    say(f"  {command} train --data your.txt")
+    say(f"  {command('sample', directory, '--tokens', '500')}")
+    say(f"  {command('evaluate', directory)}")
+    say(f"  {command('train', '--data', 'your.txt')}")
     return 0
-
-
-def _command() -> str:
-    """Return how this command was called, as it can be typed again."""
-    if shutil.which("truestep"):
-        return "truestep"
-    if Path(sys.argv[0]).name == "__main__.py":
-        return f"{shlex.quote(os.path.relpath(sys.executable))} -m truestep"
-    return shlex.quote(os.path.relpath(sys.argv[0]))

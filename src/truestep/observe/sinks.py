@@ -129,10 +129,19 @@ class JsonlSink:
                     self._say(f"{error}; its records wait in memory")
 
     def sync(self) -> None:
-        """Return only when every record is on the medium."""
+        """Return only when every record is on the medium, under the name it was opened by.
+
+        Errors: StorageError, too, for a file that was moved or removed since.
+        """
         with self._lock:
             self._flush()
             os.fsync(self._stream.fileno())
+            try:
+                here = os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.path))
+            except OSError as error:
+                raise self._failed(error) from None
+            if not here:
+                raise StorageError(f"{self.path}: another file was put in its place")
 
     def close(self) -> None:
         """Close the file."""

@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.text import printable_line
+from truestep.shell import command
 
 WINDOW_STEPS = 100  # finite losses that a step is compared with
 MIN_STEPS = 20  # fewer do not say what is normal
@@ -90,12 +91,12 @@ def format_spike(spike: Spike, run: Path) -> str:
     return (
         f"loss spike at step {spike.step}: {spike.loss:.3f}, {spike.deviations:.1f} deviations "
         f"above the median {spike.expected:.3f} of the steps before it; see what was in it: "
-        f"{inspect_command(spike, run)}"
+        f"{printable_line(command('inspect', run, '--step', str(spike.step)))}"
     )
 
 
 def inspect_command(spike: Spike, run: Path) -> str:
-    """Return the command that shows what a spike's step was trained on, for a shell."""
+    """Return the command that shows what a spike's step was trained on, for any machine's shell."""
     return printable_line(f"truestep inspect {shlex.quote(str(run))} --step {spike.step}")
 
 

@@ -3,15 +3,18 @@
 `config.toml` holds the settings of now, `changes.jsonl` what was changed after which step.
 """
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
+from truestep.checkpoint.state import read_facts
 from truestep.config import RunConfig
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import JsonlSink
 from truestep.settings import Config, ConfigError, Problem, Setting, settings, shown, validate
-from truestep.workflows.run import read_run_config
+from truestep.workflows.run import CHECKPOINTS, read_run_config
 
 CHANGES = "changes.jsonl"
 
@@ -60,6 +63,23 @@ def record_changes(directory: Path, step: int, before: RunConfig, after: RunConf
         sink.close()
 
 
+def saved_config(directory: Path) -> RunConfig:
+    """Return the settings a run was last trained with, as its checkpoints and changes have them.
+
+    A run without a readable checkpoint has only its `config.toml`.
+    Errors: as `config_at`.
+    """
+    path = directory / CHANGES
+    for step, checkpoint in reversed(list_checkpoints(directory / CHECKPOINTS)):
+        with contextlib.suppress(DamagedCheckpointError):
+            values = read_facts(checkpoint)["config"]
+            for section, name, record in _read_changes(path, values):
+                if record["step"] >= step:
+                    values[section][name] = record["after"]
+            return validate(RunConfig, {str(checkpoint): values})
+    return read_run_config(directory)
+
+
 def config_at(directory: Path, step: int) -> RunConfig:
     """Return the settings that update `step` of a run was made with, 1 for the first.
 
@@ -67,19 +87,36 @@ def config_at(directory: Path, step: int) -> RunConfig:
     """
     values = read_run_config(directory).model_dump(mode="json")
     path = directory / CHANGES
-    for _, record in reversed(list(read_records(path))):
-        section, _, name = str(record.get("setting")).partition(".")
-        if name not in values.get(section, ()) or "before" not in record:
-            raise ValueError(f"{path}: {record} names no change of a setting; restore the file")
+    for section, name, record in reversed(list(_read_changes(path, values))):
         if record["step"] >= step:
             values[section][name] = record["before"]
     return validate(RunConfig, {f"{path} at step {step}": values})
+
+
+def _read_changes(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield section and name of each changed setting, which `values` must have, and its record."""
+    for _, record in read_records(path):
+        section, _, name = str(record.get("setting")).partition(".")
+        if name not in values.get(section, ()) or not {"before", "after"} <= record.keys():
+            raise ValueError(f"{path}: {record} names no change of a setting; restore the file")
+        yield section, name, record
 
 
 def next_change(directory: Path, step: int) -> int | None:
     """Return the first step from `step` on after which settings were changed, if there is one."""
     steps = [record["step"] for _, record in read_records(directory / CHANGES)]
     return min((changed for changed in steps if changed >= step), default=None)
+
+
+def logged_up_to(directory: Path) -> int:
+    """Return the last step up to which the log has every step once, in order."""
+    last = 0
+    for _, record in read_records(directory / METRICS):
+        if "validation_loss" not in record:
+            if record["step"] != last + 1:
+                break
+            last += 1
+    return last
 
 
 def count_skipped(directory: Path, step: int) -> int:

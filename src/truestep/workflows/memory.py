@@ -7,13 +7,13 @@ to take is measured before the first step.
 import bisect
 import contextlib
 import re
-import shlex
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truestep.observe.text import format_bytes
+from truestep.shell import command
 
 if TYPE_CHECKING:  # an error is explained without waiting for torch
     import torch
@@ -106,9 +106,11 @@ def _advice(
     fitting = sizes[count - 1]
     return (
         f"it needs about {format_bytes(needed(size))}, and {format_bytes(room)} were free; "
-        f"{fitting} needs {format_bytes(needed(fitting))}: go on with truestep train "
-        f"--resume {shlex.quote(str(directory))} --training.micro-batch-size {fitting} "
-        "--override training.micro_batch_size"
+        f"{fitting} needs {format_bytes(needed(fitting))}: go on with "
+        + command(
+            *("train", "--resume", directory, "--training.micro-batch-size", str(fitting)),
+            *("--override", "training.micro_batch_size"),
+        )
     )
 
 

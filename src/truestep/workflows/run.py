@@ -25,6 +25,7 @@ from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
 from truestep.runtime import resolve_device
 from truestep.settings import read_settings_file, validate
+from truestep.shell import command
 from truestep.storage import LOCAL, read_file, replace_file
 from truestep.workflows.resources import checkpoint_bytes, num_checkpoints
 
@@ -146,7 +147,7 @@ def find_run(path: str, settings: RunSettings) -> Path:
         candidates = [p for p in root.glob("*") if not p.name.startswith(".")]
     runs = [path for path in candidates if (path / CONFIG).is_file()]
     if not runs:
-        raise RunError(f"there is no run in {root}/; make one with: truestep train")
+        raise RunError(f"there is no run in {root}/; make one with: {command('train')}")
     newest = max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)
     _refuse_what_leads_elsewhere(newest)
     return newest
@@ -225,7 +226,12 @@ def load_trained(
         tokenizer = load_tokenizer(config.data.tokenizer)
         return TrainedModel(directory, config, model, tokenizer, step, facts)
     raise RunError(
-        f"{directory} has no good checkpoint yet; go on with: truestep train --resume {directory}"
+        f"{directory} has no good checkpoint"
+        + (
+            ": every one is damaged"
+            if list_checkpoints(directory / CHECKPOINTS)
+            else f" yet; go on with: {command('train', '--resume', directory)}"
+        )
     )
 
 

@@ -1,7 +1,6 @@
 """Train a model from settings: the data, model, trainer and companions of one run."""
 
 import contextlib
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,13 +14,22 @@ from truestep.checkpoint.state import load_checkpoint
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.loader import Prefetch
+from truestep.observe.log import METRICS
 from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import as_json
+from truestep.shell import command
+from truestep.storage import DISK_FULL, StorageError
 from truestep.training.guard import NonFiniteError
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_text, say_what_changed
-from truestep.workflows.history import count_skipped, record_changes, refuse_changes
+from truestep.workflows.history import (
+    count_skipped,
+    logged_up_to,
+    record_changes,
+    refuse_changes,
+    saved_config,
+)
 from truestep.workflows.memory import memory_explained
 from truestep.workflows.run import (
     BUNDLES,
@@ -30,7 +38,6 @@ from truestep.workflows.run import (
     check_new_run,
     check_room,
     claim_directory,
-    read_run_config,
     read_run_facts,
     write_run_files,
 )
@@ -67,7 +74,7 @@ def resume(
     allowed = set(override)
     if config.training.schedule == "constant":  # it does not look at the end of the run
         allowed.add("training.num_steps")
-    refuse_changes(read_run_config(directory), config, allowed)
+    refuse_changes(saved_config(directory), config, allowed)
     check_room(config, directory)
     return _train(config, directory, say)
 
@@ -95,16 +102,31 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
                 if isinstance(error, NonFiniteError):
                     bundle = _write_bundle(directory, training, error)
                     session.display.say(f"{bundle} holds that step; see it again with:")
-                    session.display.say(f"  truestep replay {shlex.quote(str(bundle))}")
+                    session.display.say(f"  {command('replay', bundle)}")
                 if trainer.step and not trainer.mid_update:
-                    session.save()
+                    if _is_finite(trainer):
+                        session.save()
+                    else:
+                        session.display.say(
+                            f"the parameters of step {trainer.step} are not finite and are not "
+                            "saved; lower training.learning_rate"
+                        )
                 session.close()
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                remedy = f"make room, then go on with: {command('train', '--resume', directory)}"
+                raise StorageError(f"{error}; {remedy}") from None
             raise
         session.save()
-    if trainer.step:
-        draw_plots(directory)
-        write_report(directory)
-    return Outcome(directory, trainer.step, trainer.stop_reason)
+        session.close()
+        if trainer.step:
+            draw_plots(directory)
+            write_report(directory)
+    stopped = trainer.stop_reason if trainer.step < trainer.config.num_steps else None
+    return Outcome(directory, trainer.step, stopped)
+
+
+def _is_finite(trainer: Trainer) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
 
 
 def _write_bundle(directory: Path, training: Training, error: NonFiniteError) -> Path:
@@ -127,10 +149,21 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
         record_changes(directory, trainer.step, RunConfig(**saved["config"]), training.config)
         trainer.skipped_in_a_row = count_skipped(directory, trainer.step)
         say(f"going on from {newest}")
+        logged = logged_up_to(directory)
+        if logged < trainer.step:
+            say(
+                f"{directory / METRICS} is damaged: it lacks steps from {logged + 1} on, of "
+                f"{trainer.step}; they stay lost to plots, replay and inspect"
+            )
         if trainer.step >= trainer.config.num_steps:
             say(
                 f"there is nothing left to train: it is at step {trainer.step} of "
-                f"{trainer.config.num_steps}; raise training.num_steps"
+                f"{trainer.config.num_steps}; for more, add --training.num-steps N"
+                + (
+                    ""
+                    if trainer.config.schedule == "constant"
+                    else " --override training.num_steps (its learning rates depend on it)"
+                )
             )
     elif any(checkpoints.glob(".bad-*")):
         raise RunError(

@@ -12,9 +12,10 @@ from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.tokens import TokenSplit, is_prepared, open_prepared
 from truestep.observe.log import METRICS, read_metrics, read_records
+from truestep.settings import shown
 from truestep.storage import MANIFEST, StorageError, read_manifest, verify_file
 from truestep.workflows.build import build_trainer
-from truestep.workflows.history import CHANGES, config_at
+from truestep.workflows.history import CHANGES, config_at, difference, saved_config
 from truestep.workflows.run import (
     BUNDLES,
     CHECKPOINTS,
@@ -26,6 +27,7 @@ from truestep.workflows.run import (
 )
 
 _IDS_AT_A_TIME = 2**20
+
 
 Check = tuple[str, Callable[[], str]]
 """What is checked, and a function that returns what it found or raises what is wrong."""
@@ -62,14 +64,15 @@ def _checks(path: Path) -> Iterator[Check]:
 
 
 def _run_checks(run: Path) -> Iterator[Check]:
+    saved = [step for step, _ in list_checkpoints(run / CHECKPOINTS)]  # before the log is read
     yield CONFIG, lambda: _check_settings(run)
     yield MANIFEST, lambda: _check_facts(run)
-    yield METRICS, lambda: _check_log(run)
+    yield METRICS, lambda: _check_log(run, max(saved, default=0))
     if (run / CHANGES).exists():
         yield CHANGES, lambda: f"{sum(1 for _ in read_records(run / CHANGES))} changes"
     yield SAMPLES, lambda: f"{sum(1 for _ in read_records(run / SAMPLES))} samples"
     for _, path in list_checkpoints(run / CHECKPOINTS):
-        yield f"{CHECKPOINTS}/{path.name}", lambda path=path: _check_checkpoint(path)  # type: ignore[misc]
+        yield f"{CHECKPOINTS}/{path.name}", lambda path=path: _check_kept(path)  # type: ignore[misc]
     for path in sorted((run / BUNDLES).glob("[!.]*")):
         yield f"{BUNDLES}/{path.name}", lambda path=path: _check_bundle(path)  # type: ignore[misc]
     if data := _data_of(run):
@@ -79,7 +82,13 @@ def _run_checks(run: Path) -> Iterator[Check]:
 
 def _check_settings(run: Path) -> str:
     config_at(run, 1)  # of now, and as they were before every change
-    return "valid"
+    for setting, saved, now in difference(saved_config(run), read_run_config(run)):
+        if setting.kept_on_resume:
+            raise StorageError(
+                f"{run / CONFIG}: {setting.name} is {shown(now)}, but the run was last saved with "
+                f"{shown(saved)}; restore it"
+            )
+    return "valid, and those the run was saved with"
 
 
 def _check_facts(run: Path) -> str:
@@ -88,14 +97,26 @@ def _check_facts(run: Path) -> str:
     return "readable"
 
 
-def _check_log(run: Path) -> str:
+def _check_log(run: Path, saved: int) -> str:
+    """Check that the log has every step up to the last saved one, and what it has after it."""
     read_metrics(run / METRICS)
     records = (record for _, record in read_records(run / METRICS))
     steps = [record["step"] for record in records if "validation_loss" not in record]
     for before, after in pairwise([0, *steps]):
         if after != before + 1:
             raise StorageError(f"{run / METRICS}: step {after} follows step {before}")
-    return f"steps 1 to {steps[-1]}, each once" if steps else "no steps yet"
+    if (last := steps[-1] if steps else 0) < saved:
+        raise StorageError(f"{run / METRICS}: ends at step {last}, but step {saved} was saved")
+    return f"steps 1 to {last}, each once" if last else "no steps yet"
+
+
+def _check_kept(path: Path) -> str:
+    try:
+        return _check_checkpoint(path)
+    except (ValueError, OSError, RuntimeError):
+        if path.exists():
+            raise
+        return "removed meanwhile by its run, which keeps newer ones"
 
 
 def _check_checkpoint(path: Path) -> str:
