@@ -13,6 +13,7 @@ from truestep import (
     Trainer,
     TrainingConfig,
     load_bundle,
+    load_checkpoint,
     save_bundle,
     save_checkpoint,
 )
@@ -194,6 +195,22 @@ def test_parameters_that_are_not_finite_are_not_saved_and_that_is_said(capsys):
     out = capsys.readouterr().out
     assert "the parameters of step 1 are not finite and are not saved; lower training.lear" in out
     assert not list(Path("runs/text-1").glob("checkpoints/step-*"))
+
+
+def test_what_is_no_run_is_told_apart(capsys):
+    assert train(*DIVERGING) == 1
+    (bundle,) = Path("runs/text-1/bundles").iterdir()
+    code, out = replayed(capsys, str(bundle), "--step", "2")
+    assert code == 2
+    assert "is a bundle of one step; leave --step and --to out" in out.err
+    moved = bundle.rename("elsewhere")
+    assert replayed(capsys, str(moved))[0] == 0
+    code, out = replayed(capsys, "runs/text-1/checkpoints/step-1", "--step", "1")
+    assert code == 2
+    assert "is not a run: it has no config.toml; give runs/text-1" in out.err
+    assert main(["verify", "runs/text-1/checkpoints"]) == 2
+    with pytest.raises(CheckpointError, match="holds checkpoints; give one of them, such as"):
+        load_checkpoint(Path("runs/text-1/checkpoints"), None)
 
 
 class Fragile(torch.nn.Module):

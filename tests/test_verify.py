@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,26 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_damage(capsys, run, m
     code, out = verified(capsys, run)
     assert code == 0
     assert "ok   checkpoints/step-4: removed meanwhile by its run, which keeps newer ones" in out
+
+
+def test_a_run_data_or_bundle_that_lacks_its_main_file_is_still_known_for_what_it_is(capsys, run):
+    (run / "config.toml").unlink()
+    code, out = verified(capsys, run)
+    assert code == 1
+    assert "BAD  config.toml: " in out
+    assert "does not exist" in out
+    (data,) = Path("runs/.data").iterdir()
+    (data / "train-documents.jsonl").unlink()
+    code, out = verified(capsys, data)
+    assert code == 1
+    assert "train-documents.jsonl: the file is missing" in out
+
+
+def test_data_that_is_not_beside_a_run_is_said_to_be_unchecked(capsys, run):
+    shutil.rmtree("runs/.data")
+    code, out = verified(capsys, run)
+    assert code == 0
+    assert "ok   data: not checked" in out
 
 
 def test_going_on_after_the_log_lost_steps_says_which(capsys, run):

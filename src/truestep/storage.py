@@ -128,6 +128,12 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}")
 
 
+def explain(error: OSError) -> str:
+    """Return what failed in one line, the file first where it is known."""
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename and error.strerror else text
+
+
 def write_file(storage: Storage, path: Path, chunks: Iterable[Any]) -> FileRecord:
     """Create `path` from byte-like chunks, durably, and return its size and hash.
 
@@ -150,6 +156,10 @@ def write_file(storage: Storage, path: Path, chunks: Iterable[Any]) -> FileRecor
                     raise StorageError(f"{path}: the disk took none of {len(data)} bytes")
                 data = data[written:]
         storage.sync(descriptor)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
     finally:
         storage.close(descriptor)
     return FileRecord(size, digest.hexdigest(), tuple(blocks))

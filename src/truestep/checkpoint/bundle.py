@@ -62,6 +62,11 @@ def load_bundle(path: str | Path, trainer: Resumable) -> tuple[Batch, dict[str, 
     return batch, load_checkpoint(path, trainer)
 
 
+def is_bundle(path: Path) -> bool:
+    """Return whether this directory is a bundle, sound or not."""
+    return (path / BATCH_FILE).exists()
+
+
 def read_batch(path: Path) -> Batch:
     """Return the batch of a bundle. Errors: as `load_checkpoint`."""
     _, files = read_checkpoint_manifest(path)

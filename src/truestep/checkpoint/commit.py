@@ -203,10 +203,14 @@ def read_checkpoint_manifest(path: Path) -> tuple[dict[str, Any], dict[str, File
     with damage_named():
         if path.is_symlink() or not path.is_dir():
             raise StorageError(f"{path}: not a checkpoint directory")
+        if not (path / MANIFEST).exists() and (inside := list_checkpoints(path)):
+            raise StorageError(
+                f"{path} holds checkpoints; give one of them, such as {inside[-1][1]}"
+            )
         entries = {entry.name: entry for entry in os.scandir(path)}
         for name, entry in entries.items():
             if not entry.is_file(follow_symlinks=False):
-                raise StorageError(f"{path / ascii(name)}: not a regular file")
+                raise StorageError(f"{path / ascii(name)[1:-1]}: not a regular file")
         manifest, files = read_manifest(path)
         if unlisted := sorted(entries.keys() - files.keys() - {MANIFEST}):
             raise StorageError(f"{path}: {unlisted[0]!a} is not in {MANIFEST}")

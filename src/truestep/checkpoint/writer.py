@@ -8,7 +8,7 @@ from typing import Any
 
 from truestep.checkpoint.commit import Validation, commit_checkpoint
 from truestep.checkpoint.snapshot import Resumable, Snapshot, take_snapshot
-from truestep.storage import LOCAL, Storage
+from truestep.storage import LOCAL, Storage, explain
 
 
 class CheckpointWriter:
@@ -81,7 +81,7 @@ class CheckpointWriter:
         except OSError as error:
             self._saved_step = None  # this step may be tried again
             self._failures = min(self._failures + 1, self._max_failures)
-            self._say(f"saving failed ({self._failures} of {self._max_failures}): {error}")
+            self._say(f"saving failed ({self._failures} of {self._max_failures}): {explain(error)}")
             gives_up = self._failures >= self._max_failures
             self._error = None if gives_up else error  # for `close`, unless a later save succeeds
             if gives_up:

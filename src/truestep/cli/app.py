@@ -58,10 +58,10 @@ def run(arguments: Sequence[str]) -> int:
     except (ValueError, TypeError) as error:
         return _fail(str(error), USAGE)
     except OSError as error:
-        from truestep.storage import DISK_FULL
+        from truestep.storage import DISK_FULL, explain
 
-        full = error.errno in DISK_FULL
-        return _fail(f"{error}; make room and try again" if full else str(error), RUNTIME)
+        remedy = "; make room and try again" if error.errno in DISK_FULL else ""
+        return _fail(explain(error) + remedy, RUNTIME)
     except (RuntimeError, MemoryError) as error:
         from truestep.workflows.memory import explain_out_of_memory, is_out_of_memory
 

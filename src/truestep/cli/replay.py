@@ -31,13 +31,16 @@ def replay(
     import os
     from pathlib import Path
 
+    from truestep.checkpoint.bundle import is_bundle
     from truestep.cli.options import say
     from truestep.config import resolve
     from truestep.workflows.replay import replay as replay_run
     from truestep.workflows.replay import replay_bundle
-    from truestep.workflows.run import BUNDLES, RunError, find_run
+    from truestep.workflows.run import RunError, find_run
 
-    if Path(run).parent.name == BUNDLES:
+    if is_bundle(Path(run)):
+        if step is not None or to is not None:
+            raise RunError(f"{run} is a bundle of one step; leave --step and --to out")
         return 1 if replay_bundle(Path(run), say) else 0
     directory = find_run(run, resolve({}, os.environ).run)
     if step is None:

@@ -31,6 +31,7 @@ from truestep.storage import (
 
 FORMAT = "truestep tokens"
 FORMAT_VERSION = 1
+_SHARDS = "train-*.bin"
 _A_LIST = "train-documents.jsonl"
 _OPEN_SHARDS = 64  # descriptors a split holds at most
 
@@ -215,7 +216,10 @@ class PreparedData:
 
 def is_prepared(directory: str | Path) -> bool:
     """Return whether this is a prepared directory; other directories have a manifest.json, too."""
-    return all(os.path.isfile(Path(directory) / name) for name in (MANIFEST, _A_LIST))
+    directory = Path(directory)
+    return os.path.isfile(directory / MANIFEST) and (
+        os.path.isfile(directory / _A_LIST) or any(directory.glob(_SHARDS))
+    )
 
 
 def open_prepared(directory: Path, tokenizer: Tokenizer | None = None) -> PreparedData:

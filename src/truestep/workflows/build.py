@@ -116,9 +116,9 @@ def require_same_text(saved: dict[str, Any], fingerprint: str, source: str) -> N
     """
     if saved["data_fingerprint"] != fingerprint:
         raise RunError(
-            f"data.source={source} is not the text this run began with (fingerprint "
-            f"{saved['data_fingerprint'][:12]}, now {fingerprint[:12]}); restore it, or "
-            "start a new run"
+            f"data.source={source} is not the text this run began with, or a file has another name "
+            f"(fingerprint {saved['data_fingerprint'][:12]}, now {fingerprint[:12]}); restore it, "
+            "or start a new run"
         )
 
 

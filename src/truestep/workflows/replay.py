@@ -98,7 +98,10 @@ def replay_bundle(path: Path, say: Say) -> list[Difference]:
     """
     facts = read_facts(path)
     if not {"config", "metrics", "diagnosis"} <= facts.keys():
-        raise RunError(f"{path} was not written by a run: it has no settings; use load_bundle")
+        raise RunError(
+            f"{path} was not written by truestep train: it has no settings to build a model from; "
+            "load it in Python, by load_bundle"
+        )
     config = RunConfig(**facts["config"])
     configure_process(config.run.threads)
     _, trainer = build_trainer(config)
@@ -137,20 +140,21 @@ def training_at(directory: Path, step: int, say: Say) -> Training:
     """
     training = build(config_at(directory, step + 1), directory.parent, say)
     trainer = training.trainer
-    for number, path in reversed(list_checkpoints(directory / CHECKPOINTS)):
-        if number <= step:
-            try:
-                saved = load_checkpoint(path, trainer)
-            except DamagedCheckpointError as error:
-                say(f"{error}; trying the checkpoint before it")
-                continue
-            fingerprint = training.facts["data_fingerprint"]
-            require_same_text(saved, fingerprint, training.facts["data_source"])
-            say_what_changed(saved, training.facts, say)
-            say(f"starting from {path}")
-            break
+    before = [found for found in list_checkpoints(directory / CHECKPOINTS) if found[0] <= step]
+    for _, path in reversed(before):
+        try:
+            saved = load_checkpoint(path, trainer)
+        except DamagedCheckpointError as error:
+            say(f"{error}; trying the checkpoint before it")
+            continue
+        fingerprint = training.facts["data_fingerprint"]
+        require_same_text(saved, fingerprint, training.facts["data_source"])
+        say_what_changed(saved, training.facts, say)
+        say(f"starting from {path}")
+        break
     else:
-        say("starting from the initial weights: no checkpoint comes before")
+        reason = "every checkpoint before is damaged" if before else "no checkpoint comes before"
+        say(f"starting from the initial weights: {reason}")
     change = next_change(directory, trainer.step + 1)
     if change is not None and change <= step:
         raise RunError(
@@ -177,6 +181,8 @@ def run_to(training: Training, step: int, say: Say) -> dict[int, Mapping[str, An
 def require_logged(logged: dict[int, dict[str, Any]], directory: Path, step: int) -> dict[str, Any]:
     """Return the log's record of a step. Errors: RunError for a step that it does not have."""
     if step not in logged:
-        has = f"it has steps {min(logged)} to {max(logged)}" if logged else "it has no steps"
+        first, last = min(logged, default=0), max(logged, default=-1)
+        whole = "steps" if len(logged) == last - first + 1 else f"{len(logged)} of the steps"
+        has = f"it has {whole} {first} to {last}" if logged else "it has no steps"
         raise RunError(f"step {step} is not in the log of {directory}: {has}")
     return logged[step]

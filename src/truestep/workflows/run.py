@@ -135,9 +135,9 @@ def find_run(path: str, settings: RunSettings) -> Path:
     if path != "auto":
         directory = Path(path)
         if not (directory / CONFIG).is_file():
-            raise RunError(
-                f"{directory} is not a run: it has no {CONFIG}; give a directory below {root}/"
-            )
+            inside = directory.parent.parent  # of a checkpoint or a bundle
+            remedy = inside if (inside / CONFIG).is_file() else f"a directory below {root}/"
+            raise RunError(f"{directory} is not a run: it has no {CONFIG}; give {remedy}")
         _refuse_what_leads_elsewhere(directory)
         return directory
     if settings.name != "auto":

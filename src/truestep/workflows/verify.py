@@ -51,7 +51,7 @@ def verify(path: Path, say: Say) -> int:
 
 
 def _checks(path: Path) -> Iterator[Check]:
-    if (path / CONFIG).is_file():
+    if any((path / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS)):
         return _run_checks(path)
     if is_prepared(path):
         return _data_checks(path)
@@ -78,6 +78,8 @@ def _run_checks(run: Path) -> Iterator[Check]:
     if data := _data_of(run):
         for name, check in _data_checks(data):
             yield f"{data}: {name}", check
+    else:
+        yield "data", lambda: "not checked: what the run prepared from its text is not here"
 
 
 def _check_settings(run: Path) -> str:
