@@ -1,17 +1,25 @@
 """The command, as a stranger types it: from text to a trained model, and every wrong turn."""
 
+import dataclasses
+import fcntl
 import json
 import os
+import pty
 import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
+from truestep import Trainer
 from truestep.cli import main
+from truestep.observe.sinks import JsonlSink
 
 TINY = """
 [training]
@@ -153,6 +161,77 @@ def test_a_signal_after_the_last_step_changes_nothing(monkeypatch, capsys):
     )
     assert train() == 0
     assert "Try next:" in capsys.readouterr().out
+
+
+def on_a_terminal(command, end):
+    """Run a command on a terminal of its own, `end` it after its fifth step; return the code."""
+    ours, theirs = pty.openpty()
+
+    def control():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen(command, preexec_fn=control, **streams) as process:
+        os.close(theirs)
+        log = Path("runs/cut/metrics.jsonl")
+        while not log.exists() or len(log.read_bytes().splitlines()) < 5:
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 65536)
+        end(process, ours)
+        return process.wait(60)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="terminals differ elsewhere")
+def test_a_terminal_that_is_closed_costs_nothing():
+    rare = ["--training.num-steps", "100000", "--run.save-every", "1000000"]
+    command = [sys.executable, "-m", "truestep", "train", "tiny.toml", "--data", "text.txt"]
+    arguments = [*rare, "--run.evaluate-every", "1000000", "--run.name", "cut"]
+    code = on_a_terminal([*command, *arguments], lambda process, terminal: os.close(terminal))
+    assert code == 128 + signal.SIGHUP
+    (saved,) = Path("runs/cut/checkpoints").glob("step-*")
+    assert saved.name == f"step-{log_of('runs/cut')[-1]['step']}"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="terminals differ elsewhere")
+def test_nohup_is_heeded():
+    command = [sys.executable, "-m", "truestep", "train", "tiny.toml", "--data", "text.txt"]
+    shell = f"trap '' HUP; exec {shlex.join([*command, '--training.num-steps', '60'])}"
+
+    def hang_up(process, terminal):
+        process.send_signal(signal.SIGHUP)
+
+    arguments = ["sh", "-c", f"{shell} --run.name cut > out.txt 2>&1"]
+    assert on_a_terminal(arguments, hang_up) == 0
+    assert log_of("runs/cut")[-1]["step"] == 60
+
+
+def test_a_validation_that_a_signal_cut_off_still_ranks_its_checkpoint(monkeypatch, capsys):
+    # The losses fall, then rise: step 6 is the best, and the signal comes just there.
+    real = Trainer.evaluate
+
+    def measured(trainer, *arguments, **keywords):
+        result = real(trainer, *arguments, **keywords)
+        return dataclasses.replace(result, loss=abs(trainer.step - 6.0) + 1)
+
+    monkeypatch.setattr(Trainer, "evaluate", measured)
+    write = JsonlSink.write
+
+    def interrupt(sink, record):
+        write(sink, record)
+        if record["step"] == 6 and "loss" in record:
+            signal.raise_signal(signal.SIGTERM)
+
+    often = ["--run.evaluate-every", "3", "--run.save-every", "99", "--training.num-steps", "18"]
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlSink, "write", interrupt)
+        assert train(*often, "--run.name", "cut") == 143
+    assert main(["train", "--resume", "runs/cut"]) == 0
+    assert train(*often, "--run.name", "whole") == 0
+    assert log_of("runs/cut") == log_of("runs/whole")
+    for run in ("cut", "whole"):
+        kept = {path.name for path in Path("runs", run, "checkpoints").glob("step-*")}
+        assert kept == {"step-6", "step-15", "step-18"}
 
 
 def test_a_validation_that_a_signal_cut_off_is_made_up_for():

@@ -282,7 +282,7 @@ def test_text_that_was_edited_reordered_or_renamed_is_refused_by_its_fingerprint
     assert main(["train", "--resume", "runs/run"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "is not the text this run began with (fingerprint" in error
+    assert "is not the text this run began with, or a file has another name (fin" in error
     assert "restore it, or start a new run" in error
     assert content_of(place / "runs/run") == before
 

@@ -1,5 +1,6 @@
 """The guard: what is not finite updates nothing, and is skipped so often and no more."""
 
+import itertools
 import json
 
 import pytest
@@ -139,15 +140,51 @@ def test_a_single_step_is_skipped_and_never_halts(bigram, windows):
 
 def test_the_device_and_the_host_count_alike():
     generator = torch.Generator().manual_seed(0)
-    for limit in range(4):
-        guard, in_a_row, halted = UpdateGuard(limit, 1, torch.device("cpu")), 1, False
+    for limit, start in itertools.product(range(4), range(5)):
+        guard, in_a_row, halted = UpdateGuard(limit, start, torch.device("cpu")), start, False
         for _ in range(60):
             finite, tokens = (int(x) for x in torch.randint(2, (2,), generator=generator))
             skipped, halts = guard.judge(torch.tensor(bool(finite)), torch.tensor(tokens))
             in_a_row = (0 if finite else in_a_row + 1) if tokens else in_a_row
-            halted = halted or in_a_row > limit
+            halted = halted or bool(tokens and not finite and in_a_row > limit)
             assert bool(halts) == halted
             assert bool(skipped) == (halted or not finite or not tokens)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_diagnosis_that_fails_hides_nothing(bigram, windows, monkeypatch, runs_ahead):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("truestep.training.trainer.diagnose", out_of_memory)
+    trainer = Trainer(bigram(), plain_config(), sinks=[])
+    trainer.runs_ahead = runs_ahead
+    state = torch.get_rng_state()
+    bad = windows()
+    with torch.no_grad():
+        next(trainer.model.parameters())[int(bad[0, 0])] = float("nan")
+    with pytest.raises(NonFiniteError, match="not diagnosed: running the step once more failed"):
+        trainer.fit([bad, windows(), windows()])
+    assert trainer.step == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_in_a_rehearsal_leaves_the_random_state_at_once(bigram, windows):
+    trainer = Trainer(bigram(dropout=0.4), plain_config(), sinks=[])
+    trainer.training_step(windows())
+    state = torch.get_rng_state()
+
+    def fail(*_):
+        raise RuntimeError("a hook of the user's")
+
+    trainer.model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="a hook") as caught:
+        trainer.token_losses(windows())
+    assert torch.equal(torch.get_rng_state(), state)  # while the traceback lives
+    torch.rand(1)
+    drawn = torch.get_rng_state()
+    del caught
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 @pytest.mark.parametrize("micro_batch_size", ["auto", 4])

@@ -1,6 +1,7 @@
 """Replaying steps of a run: the same bits again, or the first place where they differ."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
 from truestep.checkpoint.lock import CheckpointError
 from truestep.cli import main
 from truestep.shell import command
+from truestep.workflows.build import build_trainer
+from truestep.workflows.run import read_run_config
 
 # Above what float32 holds: the second step starts from parameters that are not finite.
 DIVERGING = ["--training.learning-rate", "1e30", "--training.max-grad-norm", "off"]
@@ -195,6 +198,57 @@ def test_parameters_that_are_not_finite_are_not_saved_and_that_is_said(capsys):
     out = capsys.readouterr().out
     assert "the parameters of step 1 are not finite and are not saved; lower training.lear" in out
     assert not list(Path("runs/text-1").glob("checkpoints/step-*"))
+
+
+def test_a_bundle_that_cannot_be_written_costs_only_the_bundle(capsys, monkeypatch):
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device", "bundles")
+
+    monkeypatch.setattr("truestep.workflows.train.save_bundle", no_room)
+    assert train(*DIVERGING, "--run.save-every", "99") == 1
+    out = capsys.readouterr()
+    assert "then this failed, too: bundles: No space left on device" in out.out
+    assert "nothing was updated" in out.err.splitlines()[-1]
+    last = [record["step"] for record in log_of("runs/text-1") if "loss" in record][-1]
+    assert Path(f"runs/text-1/checkpoints/step-{last - 1}").is_dir()
+
+
+@pytest.mark.parametrize("command", ["replay", "inspect"])
+def test_text_that_was_edited_is_refused_where_no_checkpoint_comes_before(capsys, command):
+    assert train() == 0
+    Path("text.txt").write_text(Path("text.txt").read_text().replace("e", "E", 1))
+    assert main([command, "runs/text-1", "--step", "3"]) == 2
+    assert "is not the text this run began with" in capsys.readouterr().err
+
+
+def test_changes_are_forgotten_when_a_run_begins_anew(capsys):
+    assert train("--training.num-steps", "6") == 0
+    change = ["--training.learning-rate", "0.1", "--override", "training.learning_rate"]
+    assert main(["train", "--resume", "runs/text-1", *change]) == 0
+    shutil.rmtree("runs/text-1/checkpoints")
+    assert main(["train", "--resume", "runs/text-1"]) == 0
+    assert replayed(capsys, "--step", "3")[0] == 0
+
+
+def test_more_steps_of_a_constant_schedule_are_no_change_to_replay(capsys):
+    constant = ["--training.schedule", "constant", "--training.num-steps", "6"]
+    assert train(*constant, "--run.keep-checkpoints", "9") == 0
+    assert main(["train", "--resume", "runs/text-1", "--training.num-steps", "12"]) == 0
+    assert replayed(capsys, "--step", "5", "--to", "9")[0] == 0
+    assert main(["verify", "runs/text-1"]) == 0
+
+
+def test_a_checkpoint_that_no_run_saved_is_refused_in_one_line(capsys, bigram):
+    assert train() == 0
+    shutil.rmtree("runs/text-1/checkpoints")
+    config = read_run_config(Path("runs/text-1"))
+    _, trainer = build_trainer(config)
+    save_checkpoint(trainer, "runs/text-1/checkpoints")
+    capsys.readouterr()
+    assert main(["train", "--resume", "runs/text-1"]) == 2
+    error = capsys.readouterr().err
+    assert "step-0 was not saved by truestep train: its facts have no config" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_what_is_no_run_is_told_apart(capsys):

@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,36 @@ def test_the_console_never_hides_a_validation_or_a_skipped_update():
     assert "loss nan" in lines[1]
     assert lines[1].endswith("update skipped")
     assert "validation loss 2.2500  3.2461 bits per byte" in lines[-1]
+
+
+def test_a_lenient_log_drops_what_cannot_be_read_and_goes_on(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    good = b'{"step": 250}\n'
+    path.write_bytes(good + bytes(30) + b'\n{"step": 300}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        JsonlSink(path, from_step=400)
+    sink = JsonlSink(path, from_step=400, lenient=True)
+    sink.write({"step": 500})
+    sink.close()
+    assert path.read_bytes() == good + b'{"step": 500}\n'
+
+
+def test_a_record_is_written_while_the_log_is_being_synced(tmp_path, monkeypatch):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(descriptor):
+        reached.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr("truestep.observe.sinks.os.fsync", slow)
+    sink = JsonlSink(tmp_path / "log.jsonl")
+    saver = threading.Thread(target=sink.sync)
+    saver.start()
+    assert reached.wait(30)
+    sink.write({"step": 1})  # would wait for ever under the lock
+    go_on.set()
+    saver.join(30)
+    sink.close()
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "replaced", "with its directory"])

@@ -128,10 +128,11 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}")
 
 
-def explain(error: OSError) -> str:
+def explain(error: Exception) -> str:
     """Return what failed in one line, the file first where it is known."""
-    text = error.strerror or str(error)
-    return f"{error.filename}: {text}" if error.filename and error.strerror else text
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def write_file(storage: Storage, path: Path, chunks: Iterable[Any]) -> FileRecord:

@@ -1,5 +1,6 @@
 """The live view of a run: a calm panel on a terminal, plain lines everywhere else."""
 
+import contextlib
 import math
 import sys
 import time
@@ -160,7 +161,10 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A panel that stays at the bottom of the terminal, while lines and samples pass above it."""
+    """A panel that stays at the bottom of the terminal, while lines and samples pass above it.
+
+    A run outlives its terminal: what can no longer be shown is dropped.
+    """
 
     def __init__(
         self, pace: Pace, console: "Console", clock: Callable[[], float] = time.monotonic
@@ -190,7 +194,8 @@ class LiveDisplay:
         now = self._clock()
         if now - self._drawn >= REDRAW_SECONDS:
             self._drawn = now
-            self._live.refresh()
+            with contextlib.suppress(OSError):
+                self._live.refresh()
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Print the sample above the panel, its prompt in bold."""
@@ -207,14 +212,17 @@ class LiveDisplay:
     def close(self) -> None:
         """Draw the last state, leave it on the terminal and show the cursor again."""
         if self._live.is_started:
-            self._live.refresh()
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.refresh()
+            with contextlib.suppress(OSError):
+                self._live.stop()
 
     def _note(self, mark: tuple[str, str], record: Mapping[str, Any]) -> None:
         self._print(self._text(mark, (format_record(record), "")))
 
     def _print(self, text: "Text") -> None:
-        self._console.print(text, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(text, soft_wrap=True)
 
     def _text(self, *parts: tuple[str, str]) -> "Text":
         """Join pieces, each with its style; no bracket in them is markup."""

@@ -1,6 +1,7 @@
 """Where records go while a run trains: the console, and the log file that is the truth."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from typing import Any, Protocol, TextIO
 from truestep.observe.log import read_records
 from truestep.observe.text import encodable
 from truestep.storage import LOCAL, Storage, StorageError, replace_file
+
+_READER_GONE = {errno.EPIPE, errno.EIO}  # a closed pipe, a closed terminal
 
 _FORMATS = {
     "loss": "loss {:.4f}",
@@ -56,7 +59,9 @@ def print_line(stream: TextIO, text: str) -> None:
     try:
         stream.write(f"{encodable(text, stream.encoding)}\n")
         stream.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in _READER_GONE:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -89,6 +94,7 @@ class JsonlSink:
 
     With `say`, a record that the disk does not take is no error: it is told once, the record waits
     in memory and is written before the next one; `sync` and `close` then raise what is still wrong.
+    With `lenient`, a corrupt line and all after it are dropped: nothing vouches for them.
     Errors: StorageError (an OSError) of one line for a disk that fails; ValueError for a file with
     a corrupt line.
     """
@@ -99,6 +105,7 @@ class JsonlSink:
         *,
         from_step: int = 0,
         say: Callable[[str], object] | None = None,
+        lenient: bool = False,
         storage: Storage = LOCAL,
     ) -> None:
         self.path = path
@@ -106,7 +113,7 @@ class JsonlSink:
         self._waiting = b""
         self._lock = threading.Lock()  # `sync` may be called from the thread that saves
         try:
-            _cut_back(path, from_step, storage)
+            _cut_back(path, from_step, storage, lenient=lenient)
             self._stream = path.open("ab", buffering=0)
         except OSError as error:
             raise self._failed(error) from None
@@ -135,13 +142,14 @@ class JsonlSink:
         """
         with self._lock:
             self._flush()
-            os.fsync(self._stream.fileno())
-            try:
-                here = os.path.samestat(os.fstat(self._stream.fileno()), os.stat(self.path))
-            except OSError as error:
-                raise self._failed(error) from None
-            if not here:
-                raise StorageError(f"{self.path}: another file was put in its place")
+        descriptor = self._stream.fileno()
+        try:
+            os.fsync(descriptor)  # not under the lock: whoever writes need not wait for the disk
+            here = os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except OSError as error:
+            raise self._failed(error) from None
+        if not here:
+            raise StorageError(f"{self.path}: another file was put in its place")
 
     def close(self) -> None:
         """Close the file."""
@@ -171,7 +179,7 @@ class JsonlSink:
         return failed
 
 
-def _cut_back(path: Path, from_step: int, storage: Storage) -> None:
+def _cut_back(path: Path, from_step: int, storage: Storage, *, lenient: bool) -> None:
     """Remove records of later steps and a torn end, atomically.
 
     What a checkpoint vouches for was synced; what comes after it may be anything after a power
@@ -184,7 +192,7 @@ def _cut_back(path: Path, from_step: int, storage: Storage) -> None:
                 kept.append(line)
                 reached = max(reached, record["step"])
     except ValueError:
-        if not 0 < from_step <= reached:
+        if not lenient and not 0 < from_step <= reached:
             raise
     if path.exists() and sum(map(len, kept)) != path.stat().st_size:
         replace_file(storage, path, b"".join(kept))

@@ -24,7 +24,15 @@ class Diagnosis:
     "parameters": buffers, too), or else their gradients did.
     """
 
-    phase: Literal["parameters", "forward", "loss", "backward", "gradient norm", "not reproduced"]
+    phase: Literal[
+        "parameters",
+        "forward",
+        "loss",
+        "backward",
+        "gradient norm",
+        "not reproduced",
+        "not diagnosed",
+    ]
     module: str = ""
     kind: str = ""
     micro_batch: int = -1
@@ -45,6 +53,7 @@ class Diagnosis:
             "backward": f"{who} gave the first gradient that is not finite; it spoilt {names}",
             "gradient norm": "every gradient is finite, but their norm overflows",
             "not reproduced": "run once more, the step gave finite numbers only",
+            "not diagnosed": "running the step once more failed",
         }[self.phase]
         at = f", micro-batch at row {self.micro_batch}" if self.micro_batch >= 0 else ""
         return f"{self.phase}: {what}{at}"

@@ -44,7 +44,7 @@ class UpdateGuard:
         counts = num_tokens > 0
         in_a_row = torch.where(finite, 0, self._in_a_row + 1)
         self._in_a_row = torch.where(counts, in_a_row, self._in_a_row)
-        self._halted = self._halted | (self._in_a_row > self._limit)
+        self._halted = self._halted | (counts & ~finite & (self._in_a_row > self._limit))
         return self._halted | ~finite | ~counts, self._halted
 
 

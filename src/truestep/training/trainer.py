@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -220,6 +220,13 @@ class Trainer:
                 ((part.index, partial(unit.eager, part, num_tokens)) for unit, part in rehearsed),
             )
 
+    def _diagnosed(self, batch: Batch) -> Diagnosis:
+        """Diagnose, unless that itself fails: it takes more memory than the step did."""
+        try:
+            return self.diagnose(batch)
+        except Exception:  # noqa: BLE001 the model's own hooks may raise anything
+            return Diagnosis("not diagnosed")
+
     # The parts of a step.
 
     def _checked(self, batch: Batch) -> Batch:
@@ -245,15 +252,16 @@ class Trainer:
         batch = self._checked(Batch.of(batch))
         buffers = self._buffers.copy()
 
-        def micro_batches() -> Iterator[tuple[ForwardLoss, Batch]]:
+        def micro_batches() -> Generator[tuple[ForwardLoss, Batch]]:
             assert self._forward is not None
             for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
                 with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
                     yield self._forward, micro_batch
 
         try:
-            with self._step_state():
-                yield micro_batches()
+            # Closed here: a generator left in a seeded step would set the random state back later.
+            with self._step_state(), contextlib.closing(micro_batches()) as rehearsed:
+                yield rehearsed
         finally:
             self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, device=self.device))
 
@@ -311,7 +319,7 @@ class Trainer:
         metrics = self._report(launched)
         if launched.halted:
             self._rewind(metrics.step - 1)
-            raise NonFiniteError(metrics, launched.batch, self.diagnose(launched.batch))
+            raise NonFiniteError(metrics, launched.batch, self._diagnosed(launched.batch))
         for companion in self.companions:
             if metrics.step % companion.interval == 0 or metrics.step == end:
                 companion.function(self, metrics)

@@ -109,15 +109,15 @@ def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
     return open_prepared(directory, tokenizer)
 
 
-def require_same_text(saved: dict[str, Any], fingerprint: str, source: str) -> None:
+def require_same_text(saved: str, fingerprint: str, source: str) -> None:
     """Refuse other text than a run began with.
 
     Errors: RunError naming the source and both fingerprints.
     """
-    if saved["data_fingerprint"] != fingerprint:
+    if saved != fingerprint:
         raise RunError(
             f"data.source={source} is not the text this run began with, or a file has another name "
-            f"(fingerprint {saved['data_fingerprint'][:12]}, now {fingerprint[:12]}); restore it, "
+            f"(fingerprint {saved[:12]}, now {fingerprint[:12]}); restore it, "
             "or start a new run"
         )
 

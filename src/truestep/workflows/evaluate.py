@@ -47,7 +47,9 @@ def evaluate_run(
     data: Tokens
     if source is None:
         prepared = open_data(trained.config, directory.parent, say)
-        require_same_text(trained.facts, prepared.fingerprint, trained.config.data.source)
+        require_same_text(
+            trained.facts["data_fingerprint"], prepared.fingerprint, trained.config.data.source
+        )
         data, name = prepared.validation, "its validation text"
     elif is_prepared(source):
         data, name = (

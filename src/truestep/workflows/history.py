@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from truestep.config import RunConfig
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import JsonlSink
 from truestep.settings import Config, ConfigError, Problem, Setting, settings, shown, validate
-from truestep.workflows.run import CHECKPOINTS, read_run_config
+from truestep.workflows.run import CHECKPOINTS, RunError, read_run_config
 
 CHANGES = "changes.jsonl"
+_FACTS = {"config": dict, "data_fingerprint": str, "torch": str, "machine": str}
 
 
 def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
@@ -28,7 +29,19 @@ def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
     ]
 
 
-def refuse_changes(old: Config, new: Config, allowed: Collection[str] = ()) -> None:
+def trajectory_changes(old: RunConfig, new: RunConfig) -> list[tuple[Setting, Any, Any]]:
+    """Return those differences that change what is trained from here on."""
+    constant = old.training.schedule == new.training.schedule == "constant"
+    return [
+        change
+        for change in difference(old, new)
+        if change[0].kept_on_resume
+        # A constant schedule does not look at the end of the run.
+        and not (constant and change[0].name == "training.num_steps")
+    ]
+
+
+def refuse_changes(old: RunConfig, new: RunConfig, allowed: Collection[str] = ()) -> None:
     """Refuse every change of a setting that a resumed run must keep; those `allowed` may change.
 
     Errors: ConfigError with a line for each: the old value, the new one and the remedy.
@@ -36,8 +49,8 @@ def refuse_changes(old: Config, new: Config, allowed: Collection[str] = ()) -> N
     texts = [
         f"{setting.name} was {shown(before)} in this run and is now {shown(after)}, which "
         f"changes what is trained; leave it out, or allow it by --override {setting.name}"
-        for setting, before, after in difference(old, new)
-        if setting.kept_on_resume and setting.name not in allowed
+        for setting, before, after in trajectory_changes(old, new)
+        if setting.name not in allowed
     ]
     if texts:
         raise ConfigError([Problem((), text) for text in texts])
@@ -51,7 +64,7 @@ def _value(config: Config, name: str) -> Any:
 
 def record_changes(directory: Path, step: int, before: RunConfig, after: RunConfig) -> None:
     """Write down, durably, what a run that goes on from `step` changes of what is trained."""
-    changes = [change for change in difference(before, after) if change[0].kept_on_resume]
+    changes = trajectory_changes(before, after)
     if not changes and not (directory / CHANGES).exists():
         return
     sink = JsonlSink(directory / CHANGES, from_step=step - 1)  # what it changed before counts not
@@ -63,6 +76,19 @@ def record_changes(directory: Path, step: int, before: RunConfig, after: RunConf
         sink.close()
 
 
+def settings_of(checkpoint: Path, facts: Mapping[str, Any]) -> RunConfig:
+    """Return the settings saved with a checkpoint of a run.
+
+    Errors: RunError for one that was not saved by a run; ConfigError for values that cannot be.
+    """
+    if missing := [name for name in _FACTS if not isinstance(facts.get(name), _FACTS[name])]:
+        raise RunError(
+            f"{checkpoint} was not saved by truestep train: its facts have no {missing[0]}; a run "
+            "goes on only from its own checkpoints"
+        )
+    return validate(RunConfig, {str(checkpoint): facts["config"]})
+
+
 def saved_config(directory: Path) -> RunConfig:
     """Return the settings a run was last trained with, as its checkpoints and changes have them.
 
@@ -72,7 +98,8 @@ def saved_config(directory: Path) -> RunConfig:
     path = directory / CHANGES
     for step, checkpoint in reversed(list_checkpoints(directory / CHECKPOINTS)):
         with contextlib.suppress(DamagedCheckpointError):
-            values = read_facts(checkpoint)["config"]
+            facts = read_facts(checkpoint)
+            values = settings_of(checkpoint, facts).model_dump(mode="json")
             for section, name, record in _read_changes(path, values):
                 if record["step"] >= step:
                     values[section][name] = record["after"]

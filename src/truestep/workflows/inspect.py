@@ -12,6 +12,7 @@ from truestep.data.tokens import TokenSplit
 from truestep.observe.inspection import InspectedDocument, InspectedWindow, Inspection
 from truestep.workflows.build import Training
 from truestep.workflows.replay import logged_steps, require_logged, run_to, training_at
+from truestep.workflows.run import RunError
 
 
 def inspect_step(directory: Path, step: int, say: Say) -> Inspection:
@@ -24,6 +25,11 @@ def inspect_step(directory: Path, step: int, say: Say) -> Inspection:
     training = training_at(directory, step - 1, say)
     run_to(training, step - 1, say)
     batch = training.loader.batch_at(step - 1)
+    if batch.hash() != record.get("batch_hash"):
+        raise RunError(
+            f"the batch of step {step} is not the one that {directory} logged: settings or text "
+            "have changed since; restore them"
+        )
     losses = training.trainer.token_losses(batch)
     windows = tuple(
         _inspected(training, row, window, losses[row].double().cpu().numpy())

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from truestep.checkpoint.bundle import load_bundle, read_batch
 from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
 from truestep.checkpoint.state import load_checkpoint, read_facts
-from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import as_json
@@ -21,8 +20,8 @@ from truestep.workflows.build import (
     require_same_text,
     say_what_changed,
 )
-from truestep.workflows.history import config_at, count_skipped, next_change
-from truestep.workflows.run import CHECKPOINTS, RunError
+from truestep.workflows.history import config_at, count_skipped, next_change, settings_of
+from truestep.workflows.run import CHECKPOINTS, RunError, read_run_facts
 
 # What must have the same bits; the rest of a record depends on the clock.
 _COMPARED = ("batch_hash", "learning_rate", "num_tokens", "loss", "grad_norm", "skipped")
@@ -97,12 +96,12 @@ def replay_bundle(path: Path, say: Say) -> list[Difference]:
     Errors: RunError for a directory that is none.
     """
     facts = read_facts(path)
-    if not {"config", "metrics", "diagnosis"} <= facts.keys():
+    if not all(isinstance(facts.get(name), dict) for name in ("config", "metrics", "diagnosis")):
         raise RunError(
             f"{path} was not written by truestep train: it has no settings to build a model from; "
             "load it in Python, by load_bundle"
         )
-    config = RunConfig(**facts["config"])
+    config = settings_of(path, facts)
     configure_process(config.run.threads)
     _, trainer = build_trainer(config)
     trainer.prepare(read_batch(path))
@@ -140,6 +139,9 @@ def training_at(directory: Path, step: int, say: Say) -> Training:
     """
     training = build(config_at(directory, step + 1), directory.parent, say)
     trainer = training.trainer
+    facts = training.facts
+    text = read_run_facts(directory).get("data_fingerprint", facts["data_fingerprint"])
+    require_same_text(text, facts["data_fingerprint"], facts["data_source"])
     before = [found for found in list_checkpoints(directory / CHECKPOINTS) if found[0] <= step]
     for _, path in reversed(before):
         try:
@@ -147,8 +149,10 @@ def training_at(directory: Path, step: int, say: Say) -> Training:
         except DamagedCheckpointError as error:
             say(f"{error}; trying the checkpoint before it")
             continue
-        fingerprint = training.facts["data_fingerprint"]
-        require_same_text(saved, fingerprint, training.facts["data_source"])
+        settings_of(path, saved)
+        require_same_text(
+            saved["data_fingerprint"], facts["data_fingerprint"], facts["data_source"]
+        )
         say_what_changed(saved, training.facts, say)
         say(f"starting from {path}")
         break

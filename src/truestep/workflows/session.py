@@ -49,7 +49,9 @@ class Session:
             say = self.display.say
             self._log = JsonlSink(directory / METRICS, from_step=trainer.step, say=say)
             stack.callback(self._log.close)
-            self._samples = JsonlSink(directory / SAMPLES, from_step=trainer.step, say=say)
+            self._samples = JsonlSink(
+                directory / SAMPLES, from_step=trainer.step, say=say, lenient=True
+            )
             stack.callback(self._samples.close)
             self._writer = CheckpointWriter(
                 directory / CHECKPOINTS,
@@ -97,17 +99,20 @@ class Session:
         )
 
     def _validate(self, trainer: Trainer, _: StepMetrics | None = None) -> None:
-        """Validate, let the model write, and save what may be the best."""
-        if trainer.stop_reason is not None:  # whoever stopped the run does not want to wait
-            return
+        """Validate, let the model write, and save what may be the best.
+
+        Whoever stopped the run waits only for what ranks its checkpoint: `catch_up` does the rest.
+        """
         run, step = self.training.config.run, trainer.step
         last = step >= self.training.config.training.num_steps
-        result = self._evaluate(None if last else run.evaluation_windows)
-        record: dict[str, Any] = {"step": step, "validation_loss": result.loss}
-        trainer.log({**record, "validation_bits_per_byte": result.bits_per_byte})
-        self._write_sample(step)
+        stopping = trainer.stop_reason is not None
+        if not stopping:
+            result = self._evaluate(None if last else run.evaluation_windows)
+            record: dict[str, Any] = {"step": step, "validation_loss": result.loss}
+            trainer.log({**record, "validation_bits_per_byte": result.bits_per_byte})
+            self._write_sample(step)
         if run.keep_best_checkpoints:
-            if last:  # comparable with those before only over the same windows
+            if last or stopping:  # comparable with those before only over the same windows
                 result = self._evaluate(run.evaluation_windows)
             if math.isfinite(result.loss):
                 self._validation = step, Validation(result.loss, result.num_tokens)

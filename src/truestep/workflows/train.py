@@ -1,15 +1,15 @@
 """Train a model from settings: the data, model, trainer and companions of one run."""
 
 import contextlib
+import os
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from truestep.checkpoint.bundle import save_bundle
 from truestep.checkpoint.commit import newest_checkpoint
-from truestep.checkpoint.lock import CheckpointError, RunLock
+from truestep.checkpoint.lock import RunLock
 from truestep.checkpoint.state import load_checkpoint
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
@@ -19,7 +19,7 @@ from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import as_json
 from truestep.shell import command
-from truestep.storage import DISK_FULL, StorageError
+from truestep.storage import DISK_FULL, StorageError, explain
 from truestep.training.guard import NonFiniteError
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_text, say_what_changed
@@ -29,6 +29,7 @@ from truestep.workflows.history import (
     record_changes,
     refuse_changes,
     saved_config,
+    settings_of,
 )
 from truestep.workflows.memory import memory_explained
 from truestep.workflows.run import (
@@ -71,10 +72,7 @@ def resume(
 
     Errors: ConfigError for settings that would change the trained bits and are not in `override`.
     """
-    allowed = set(override)
-    if config.training.schedule == "constant":  # it does not look at the end of the run
-        allowed.add("training.num_steps")
-    refuse_changes(saved_config(directory), config, allowed)
+    refuse_changes(saved_config(directory), config, override)
     check_room(config, directory)
     return _train(config, directory, say)
 
@@ -98,20 +96,7 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
             with memory_explained(trainer, training.loader.batch_at(0), directory):
                 trainer.fit(batches)
         except Exception as error:
-            with contextlib.suppress(OSError, CheckpointError):  # the first error is to be told
-                if isinstance(error, NonFiniteError):
-                    bundle = _write_bundle(directory, training, error)
-                    session.display.say(f"{bundle} holds that step; see it again with:")
-                    session.display.say(f"  {command('replay', bundle)}")
-                if trainer.step and not trainer.mid_update:
-                    if _is_finite(trainer):
-                        session.save()
-                    else:
-                        session.display.say(
-                            f"the parameters of step {trainer.step} are not finite and are not "
-                            "saved; lower training.learning_rate"
-                        )
-                session.close()
+            _save_what_is_left(session, directory, error)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 remedy = f"make room, then go on with: {command('train', '--resume', directory)}"
                 raise StorageError(f"{error}; {remedy}") from None
@@ -125,16 +110,39 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
     return Outcome(directory, trainer.step, stopped)
 
 
-def _is_finite(trainer: Trainer) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+def _save_what_is_left(session: Session, directory: Path, error: Exception) -> None:
+    """Write a bundle, the last whole step and the log; what fails is said: `error` is to be told.
+
+    Nothing is saved in the middle of an update.
+    """
+    training, say = session.training, session.display.say
+    trainer = training.trainer
+    tasks: list[Callable[[], object]] = [session.close]
+    if isinstance(error, NonFiniteError):
+        tasks.insert(0, lambda: _write_bundle(training, directory, error, say))
+    if trainer.step and not trainer.mid_update:
+        if all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters()):
+            tasks.insert(-1, session.save)
+        else:
+            say(
+                f"the parameters of step {trainer.step} are not finite and are not saved; lower "
+                "training.learning_rate"
+            )
+    for task in tasks:
+        try:
+            task()
+        except (OSError, RuntimeError, MemoryError) as failed:  # CheckpointError is one
+            say(f"then this failed, too: {explain(failed)}")
 
 
-def _write_bundle(directory: Path, training: Training, error: NonFiniteError) -> Path:
+def _write_bundle(training: Training, directory: Path, error: NonFiniteError, say: Say) -> None:
     """Write down a step that was not finite, so that it can be seen again."""
     metrics = {name: as_json(value) for name, value in error.metrics.as_record().items()}
     diagnosis = {**error.diagnosis.as_record(), "text": str(error.diagnosis)}
     facts = {**training.saved_facts(), "metrics": metrics, "diagnosis": diagnosis}
-    return save_bundle(training.trainer, error.batch, directory / BUNDLES, facts=facts)
+    bundle = save_bundle(training.trainer, error.batch, directory / BUNDLES, facts=facts)
+    say(f"{bundle} holds that step; see it again with:")
+    say(f"  {command('replay', bundle)}")
 
 
 def _go_on(training: Training, directory: Path, say: Say) -> None:
@@ -144,9 +152,12 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
     newest = newest_checkpoint(checkpoints, say)
     if newest is not None:
         saved = load_checkpoint(newest, trainer)
-        require_same_text(saved, facts["data_fingerprint"], facts["data_source"])
+        before = settings_of(newest, saved)
+        require_same_text(
+            saved["data_fingerprint"], facts["data_fingerprint"], facts["data_source"]
+        )
         say_what_changed(saved, facts, say)
-        record_changes(directory, trainer.step, RunConfig(**saved["config"]), training.config)
+        record_changes(directory, trainer.step, before, training.config)
         trainer.skipped_in_a_row = count_skipped(directory, trainer.step)
         say(f"going on from {newest}")
         logged = logged_up_to(directory)
@@ -165,7 +176,9 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
                     else " --override training.num_steps (its learning rates depend on it)"
                 )
             )
-    elif any(checkpoints.glob(".bad-*")):
+    else:
+        record_changes(directory, 0, training.config, training.config)
+    if newest is None and any(checkpoints.glob(".bad-*")):
         raise RunError(
             f"{directory} has no intact checkpoint left to go on from; start a new run, or "
             f"remove {checkpoints} to train this one again from its first step"
@@ -175,13 +188,16 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
 @contextlib.contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP end `fit` after its step; a second one leaves at once."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
+        numbers.append(signal.SIGHUP)
 
     def stop(number: int, _: object) -> None:
-        trainer.stop(signal.Signals(number).name)
-        print("\nstopping after this step; once more leaves at once", file=sys.stderr)
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
+        trainer.stop(signal.Signals(number).name)
+        with contextlib.suppress(OSError):  # the terminal itself may be what has gone
+            os.write(2, b"\nstopping after this step; once more leaves at once\n")
 
     before = [signal.signal(number, stop) for number in numbers]
     try:

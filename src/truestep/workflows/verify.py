@@ -15,7 +15,13 @@ from truestep.observe.log import METRICS, read_metrics, read_records
 from truestep.settings import shown
 from truestep.storage import MANIFEST, StorageError, read_manifest, verify_file
 from truestep.workflows.build import build_trainer
-from truestep.workflows.history import CHANGES, config_at, difference, saved_config
+from truestep.workflows.history import (
+    CHANGES,
+    config_at,
+    saved_config,
+    settings_of,
+    trajectory_changes,
+)
 from truestep.workflows.run import (
     BUNDLES,
     CHECKPOINTS,
@@ -84,12 +90,11 @@ def _run_checks(run: Path) -> Iterator[Check]:
 
 def _check_settings(run: Path) -> str:
     config_at(run, 1)  # of now, and as they were before every change
-    for setting, saved, now in difference(saved_config(run), read_run_config(run)):
-        if setting.kept_on_resume:
-            raise StorageError(
-                f"{run / CONFIG}: {setting.name} is {shown(now)}, but the run was last saved with "
-                f"{shown(saved)}; restore it"
-            )
+    for setting, saved, now in trajectory_changes(saved_config(run), read_run_config(run)):
+        raise StorageError(
+            f"{run / CONFIG}: {setting.name} is {shown(now)}, but the run was last saved with "
+            f"{shown(saved)}; restore it"
+        )
     return "valid, and those the run was saved with"
 
 
@@ -127,7 +132,7 @@ def _check_checkpoint(path: Path) -> str:
     facts = read_facts(path)
     if "config" not in facts:
         return "every hash agrees (saved without settings: shapes were not compared)"
-    _, trainer = build_trainer(_on_cpu(RunConfig(**facts["config"])))
+    _, trainer = build_trainer(_on_cpu(settings_of(path, facts)))
     load_checkpoint(path, trainer)
     return "every hash and shape agrees"
 
