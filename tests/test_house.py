@@ -12,6 +12,7 @@ LEVELS = {
     "settings": 0,
     "config": 0,
     "batch": 0,
+    "compile_cache": 0,
     "loss": 0,
     "metrics": 0,
     "shell": 0,

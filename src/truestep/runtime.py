@@ -12,10 +12,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from truestep.compile_cache import discard_cut_libraries
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -204,7 +207,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     That is said once, by a warning.
     """
     from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    discard_cut_libraries(Path(cache_dir()))
     fast, works = torch.compile(function, fullgraph=True, dynamic=False), True
 
     def call(*arguments: Any) -> Any:
@@ -214,7 +219,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 return fast(*arguments)
             except TorchDynamoException as error:
                 works = False
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).split("\n", 2)[:2])  # who raised it, and what
                 warnings.warn(
                     f"the model cannot be compiled whole and runs uncompiled: {reason}",
                     stacklevel=2,
