@@ -199,3 +199,9 @@ def test_nothing_here_imports_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CorpusError, match="loop' is a link that leads nowhere; give the file"):
+        find_documents(str(tmp_path / "loop"), lambda text: None)

@@ -130,7 +130,7 @@ def test_a_named_validation_text_is_used_and_kept_out_of_training(tree, tmp_path
     prepared, said = run(source, tmp_path / "out", validation=f"{source}/held")
     assert texts_of(prepared.train) == ["one\n", "two\n"]
     assert texts_of(prepared.validation) == ["three\n"]
-    assert "left out 1 files" in said
+    assert "left out 1 file" in said
     with pytest.raises(CorpusError, match=r"validation=.* has all the text of source="):
         run(source, tmp_path / "all", validation=source)
     with pytest.raises(CorpusError, match="validation: 'nowhere' is neither"):
@@ -308,7 +308,7 @@ def test_files_that_are_no_text_are_skipped_and_counted_unless_named(tree, tmp_p
     (Path(source) / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     prepared, said = run(source, tmp_path / "out")
     assert len(texts_of(prepared.train) + texts_of(prepared.validation)) == 30
-    assert "skipped 2 files that are not UTF-8 text" in said
+    assert "skipped 2 files of no UTF-8 text" in said
     assert "bad.txt': byte 2 is not UTF-8 text" in said
     for name, message in [
         ("bad.txt", "source: .*byte 2 is not UTF-8"),

@@ -1,6 +1,7 @@
 """`truestep verify`: every stored byte is looked at, and nothing is changed."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -137,6 +138,15 @@ def test_a_run_data_or_bundle_that_lacks_its_main_file_is_still_known_for_what_i
     code, out = verified(capsys, data)
     assert code == 1
     assert "train-documents.jsonl: the file is missing" in out
+
+
+def test_a_cut_shard_is_one_damage(capsys, run):
+    (data,) = Path("runs/.data").iterdir()
+    os.truncate(data / "train-00000.bin", 100)
+    code, out = verified(capsys, data)
+    assert code == 1
+    assert out.splitlines()[-1].endswith(": 1 damaged")
+    assert "tokens: not read, since train-00000.bin is damaged" in out
 
 
 def test_data_that_is_not_beside_a_run_is_said_to_be_unchecked(capsys, run):

@@ -154,6 +154,10 @@ def find_documents(source: str, say: Say = lambda _: None) -> list[Document]:
         return [Document(Path(source).name, Path(source))]
     if os.path.isdir(source):
         return _documents_below(source, {"": Path(source)}, _TEXT_SUFFIXES, frozenset(), say)
+    if os.path.islink(source) and not os.path.exists(source):
+        raise CorpusError(f"{source!r} is a link that leads nowhere; give the file itself")
+    if os.path.exists(source):
+        raise CorpusError(f"{source!r} is a pipe or a device; write its text to a file first")
     if source not in BUILT_IN:
         raise CorpusError(
             f"{source!r} is neither a file, a directory nor one of "

@@ -44,6 +44,11 @@ def format_bytes(count: int) -> str:
     return f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:,.1f} MiB"
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number of things: `1 file`, `1,234 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def format_tick(value: float) -> str:
     """Return the number at a mark of an axis, short: 1.5, 3e-4, 120k."""
     if 0 < abs(value) < 1e-3:

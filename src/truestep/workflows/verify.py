@@ -1,19 +1,20 @@
 """Check every stored byte of a run, a checkpoint or prepared data; nothing is changed."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from truestep.checkpoint.bundle import read_batch
 from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
 from truestep.checkpoint.state import load_checkpoint, read_facts
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
-from truestep.data.tokens import TokenSplit, is_prepared, open_prepared
+from truestep.data.tokens import is_prepared, open_prepared
 from truestep.observe.log import METRICS, read_metrics, read_records
+from truestep.observe.text import count
 from truestep.settings import shown
-from truestep.storage import MANIFEST, StorageError, read_manifest, verify_file
+from truestep.storage import MANIFEST, FileRecord, StorageError, read_manifest, verify_file
 from truestep.workflows.build import build_trainer
 from truestep.workflows.history import (
     CHANGES,
@@ -75,12 +76,12 @@ def _run_checks(run: Path) -> Iterator[Check]:
     yield MANIFEST, lambda: _check_facts(run)
     yield METRICS, lambda: _check_log(run, max(saved, default=0))
     if (run / CHANGES).exists():
-        yield CHANGES, lambda: f"{sum(1 for _ in read_records(run / CHANGES))} changes"
-    yield SAMPLES, lambda: f"{sum(1 for _ in read_records(run / SAMPLES))} samples"
+        yield CHANGES, partial(_count_records, run / CHANGES, "change")
+    yield SAMPLES, partial(_count_records, run / SAMPLES, "sample")
     for _, path in list_checkpoints(run / CHECKPOINTS):
-        yield f"{CHECKPOINTS}/{path.name}", lambda path=path: _check_kept(path)  # type: ignore[misc]
+        yield f"{CHECKPOINTS}/{path.name}", partial(_check_kept, path)
     for path in sorted((run / BUNDLES).glob("[!.]*")):
-        yield f"{BUNDLES}/{path.name}", lambda path=path: _check_bundle(path)  # type: ignore[misc]
+        yield f"{BUNDLES}/{path.name}", partial(_check_bundle, path)
     if data := _data_of(run):
         for name, check in _data_checks(data):
             yield f"{data}: {name}", check
@@ -117,6 +118,10 @@ def _check_log(run: Path, saved: int) -> str:
     return f"steps 1 to {last}, each once" if last else "no steps yet"
 
 
+def _count_records(path: Path, noun: str) -> str:
+    return count(sum(1 for _ in read_records(path)), noun)
+
+
 def _check_kept(path: Path) -> str:
     try:
         return _check_checkpoint(path)
@@ -148,30 +153,38 @@ def _on_cpu(config: RunConfig) -> RunConfig:
 
 
 def _data_checks(directory: Path) -> Iterator[Check]:
-    yield MANIFEST, lambda: f"{len(read_manifest(directory)[1])} files"
+    damaged: list[str] = []
+    yield MANIFEST, lambda: count(len(read_manifest(directory)[1]), "file")
     try:
         _, files = read_manifest(directory)
     except StorageError:
         return
     for name, record in files.items():
-        yield name, lambda name=name, record=record: _check_file(directory / name, record)  # type: ignore[misc]
-    for split in ("train", "validation"):
-        yield f"{split} tokens", lambda split=split: _check_split(directory, split)  # type: ignore[misc]
+        yield name, partial(_check_file, directory / name, record, damaged)
+    for name in ("train", "validation"):
+        yield f"{name} tokens", partial(_check_split, directory, name, damaged)
 
 
-def _check_file(path: Path, record: Any) -> str:
-    verify_file(path, record)
-    return f"{record.size:,} bytes"
+def _check_file(path: Path, record: FileRecord, damaged: list[str]) -> str:
+    try:
+        verify_file(path, record)
+    except (OSError, ValueError):
+        damaged.append(path.name)
+        raise
+    return count(record.size, "byte")
 
 
-def _check_split(directory: Path, name: str) -> str:
+def _check_split(directory: Path, name: str, damaged: list[str]) -> str:
     """Read every id, which are compared with the vocabulary on the way, and the documents."""
-    split: TokenSplit = getattr(open_prepared(directory), name)
+    if damaged:
+        return f"not read, since {damaged[0]} is damaged"
+    data = open_prepared(directory)
+    split = {"train": data.train, "validation": data.validation}[name]
     for start in range(0, len(split), _IDS_AT_A_TIME):
         split.read(start, min(start + _IDS_AT_A_TIME, len(split)))
     if len(split):
         split.document_at(len(split) - 1)
-    return f"{len(split):,} ids in {split.num_documents:,} documents"
+    return f"{count(len(split), 'id')} in {count(split.num_documents, 'document')}"
 
 
 def _data_of(run: Path) -> Path | None:
