@@ -332,6 +332,17 @@ def test_losses_that_are_not_finite_have_a_colour_of_their_own(tmp_path):
     spans = page_of(tmp_path, make_inspection(window, loss=math.nan, grad_norm=math.inf)).spans
     assert [attributes["class"] for attributes, _ in spans] == ["context", "cx", "cx", "c2"]
     assert spans[1][0]["title"] == "nan nats, p nan"
+    path = tmp_path / "page.html"
+    fine = make_window("abcd", [1.0, 1.0, 1.0], 2)
+    for windows, words, legend in [
+        ((window, fine), "1.000 to 1.000 nats · 1 of 2 windows not finite", True),
+        ((window,), "1 of 1 window not finite", True),
+        ((fine,), "1.000 to 1.000 nats<", False),
+    ]:
+        text = write_inspection_page(make_inspection(*windows), path).read_text()
+        assert words in text
+        assert ('<span class="cx">not<br>finite</span>' in text) == legend
+        assert "nan to" not in text
     assert spans[2][0]["title"] == "inf nats, p 0"
 
 

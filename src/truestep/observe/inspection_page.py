@@ -16,6 +16,7 @@ from truestep.observe.inspection import (
     worst_tokens,
 )
 from truestep.observe.markup import block, facts_list, line, write_page
+from truestep.observe.text import count
 
 MAX_TOKENS = 32_768  # about 3 MB of page
 _MAX_BARS = 512
@@ -56,7 +57,7 @@ a {{ color: var(--blue); }}
 code {{ font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
 .bars {{ display: flex; align-items: flex-end; gap: 2px; height: 90px; margin-bottom: 6px; }}
 .bars > * {{ flex: 1 1 0; min-width: 1px; max-width: 28px; min-height: 2px; }}
-.bars a {{ background: var(--blue); }}
+.bars a:not(.cx) {{ background: var(--blue); }}
 .bars a:hover {{ background: var(--orange); }}
 .bars span {{ background: var(--faint); opacity: 0.45; }}
 .scroll {{ overflow-x: auto; }}
@@ -82,6 +83,12 @@ pre span:target {{ outline: 2px solid var(--blue); outline-offset: 2px; }}
 pre b {{ display: block; margin-top: 6px; color: var(--faint); }}
 i {{ font-style: normal; opacity: 0.5; }}
 .context {{ color: var(--faint); }}
+@media (max-width: 600px) {{
+  .scroll th {{ display: none; }}
+  .scroll td {{ display: inline-block; border: 0; }}
+  .scroll td:has(code), .scroll .text {{ display: block; }}
+  .scroll tr {{ display: block; padding: 8px 0; border-bottom: 1px solid var(--line); }}
+}}
 @media print {{ * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
 """
 
@@ -100,7 +107,7 @@ def write_inspection_page(inspection: Inspection, path: Path) -> Path:
         _bars(windows, len(shown)),
         _worst_table(worst, shown),
         f'<h2>Windows <span class="note">worst first{_left_out(windows, len(shown))}</span></h2>',
-        _legend(),
+        _legend(finite=all(math.isfinite(window.mean_loss) for window in shown)),
         *(_window(window, marked) for window in shown),
     ]
     title = f"step {inspection.step} · {line(inspection.run)}"
@@ -134,21 +141,26 @@ def _head(inspection: Inspection) -> str:
 
 def _bars(windows: list[InspectedWindow], num_shown: int) -> str:
     """Return the mean loss of each window as a bar that leads to it: whether one stands out."""
-    top = max((w.mean_loss for w in windows if math.isfinite(w.mean_loss)), default=0.0)
+    losses = [w.mean_loss for w in windows if math.isfinite(w.mean_loss)]
+    top = max(losses, default=0.0)
     bars = []
     for index, window in enumerate(windows[:_MAX_BARS]):
         loss = window.mean_loss
         height = 100 * loss / top if top and math.isfinite(loss) else 100
-        label = f'style="height:{height:.0f}%" title="row {window.row}: {loss:.3f} nats"'
+        strange = "" if math.isfinite(loss) else 'class="cx" '
+        label = f'{strange}style="height:{height:.0f}%" title="row {window.row}: {loss:.3f} nats"'
         is_shown = index < num_shown
         bars.append(
             f'<a href="#w{window.row}" {label}></a>' if is_shown else f"<span {label}></span>"
         )
+    spread = [f"{max(losses):.3f} to {min(losses):.3f} nats"] if losses else []
+    if bad := len(windows) - len(losses):
+        spread.append(f"{bad:,} of {count(len(windows), 'window')} not finite")
     more = f", the worst {_MAX_BARS:,} of {len(windows):,}" if len(windows) > _MAX_BARS else ""
     return (
         f'<h2>Mean loss of each window <span class="note">worst first{more}</span></h2>'
         f'<div class="bars">{"".join(bars)}</div>'
-        f'<div class="note">{windows[0].mean_loss:.3f} to {windows[-1].mean_loss:.3f} nats</div>'
+        f'<div class="note">{" · ".join(spread)}</div>'
     )
 
 
@@ -188,12 +200,14 @@ def _left_out(windows: list[InspectedWindow], num_shown: int) -> str:
     )
 
 
-def _legend() -> str:
+def _legend(*, finite: bool) -> str:
     """Return the colours, each with the loss and the probability at which it begins."""
+    strange = "" if finite else '<span class="cx">not<br>finite</span>'
     colours = "".join(
         f'<span class="c{index}">{edge:g}<br>{format_probability(edge)}</span>'
         for index, edge in enumerate((0.0, *_EDGES))
     )
+    colours += strange
     return f'<div class="legend"><div>nats from<br>probability</div><div>{colours}</div></div>'
 
 
