@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from faults import FaultyStorage
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from truestep import Trainer, TrainingConfig, every
@@ -244,6 +244,7 @@ losses = st.lists(
 )
 
 
+@example(history=[(1.0, 7), (1.0, 9), (1.5, 7), None, None], keep_best=1)  # back to the first
 @given(history=losses, keep_best=st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
 def test_the_best_checkpoints_stay_and_are_never_replaced_by_worse_ones(
@@ -256,24 +257,29 @@ def test_the_best_checkpoints_stay_and_are_never_replaced_by_worse_ones(
         commit_checkpoint(
             directory, step, {"a": [b"x"]}, content, keep=2, keep_best=keep_best, storage=LOCAL
         )
-        # The oracle: among all that were ever measured over the latest's tokens, and still
-        # comparable then, by loss and then age.
-        measured_ones = [(s, m) for s, m in enumerate(history[:step], start=1) if m is not None]
+        # The oracle: among all that were ever measured over the same tokens, by loss and then age.
+        measured_ones = [(s, *m) for s, m in enumerate(history[:step], start=1) if m is not None]
+        best = {}  # number of tokens -> steps
+        for tokens in {num_tokens for _, _, num_tokens in measured_ones}:
+            ranked = sorted((loss, s) for s, loss, n in measured_ones if n == tokens)
+            best[tokens] = [s for _, s in ranked[:keep_best]]
         left = {s for s, _ in list_checkpoints(directory)}
-        assert {step, max(step - 1, 1)} <= left
-        if measured_ones and len({m[1] for _, m in measured_ones}) == 1:
-            ranked = sorted(measured_ones, key=lambda item: (item[1][0], item[0]))
-            best = {s for s, _ in ranked[:keep_best]}
-            assert left == best | {step, max(step - 1, 1)}
-            paths = [path for _, path in list_checkpoints(directory)]
-            assert best_checkpoints(paths, 1)[0].name == f"step-{ranked[0][0]}"
+        # It tells which of several groups `best` means.
+        last = {measured_ones[-1][0]} if len(best) > 1 else set()
+        assert left == last.union({step, max(step - 1, 1)}, *best.values())
+        paths = [path for _, path in list_checkpoints(directory)]
+        answer = [int(path.name[5:]) for path in best_checkpoints(paths, keep_best)]
+        assert answer == (best[measured_ones[-1][2]] if measured_ones else [])
 
 
 def test_losses_over_other_tokens_are_not_compared(tmp_path):
-    for step, validation in [(1, Validation(1.0, 7)), (2, Validation(5.0, 9)), (3, None)]:
+    measured = [Validation(1.0, 7), Validation(5.0, 9), None, None]
+    for step, validation in enumerate(measured, start=1):
         content = {"validation": validation and validation._asdict(), "facts": {}}
         commit_checkpoint(tmp_path, step, {"a": [b"x"]}, content, keep=2, keep_best=1)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2, 3, 4]
+    paths = [path for _, path in list_checkpoints(tmp_path)]
+    assert best_checkpoints(paths, 1) == [tmp_path / "step-2"]
 
 
 @pytest.mark.parametrize(

@@ -86,13 +86,21 @@ def best_checkpoints(paths: Sequence[Path], count: int) -> list[Path]:
 
     Losses compare over the same tokens only: those that the last validated one of `paths` has.
     """
-    found = [(validation, path) for path in paths if (validation := validation_of(path))]
-    comparable = [
-        (validation.loss, number, path)
-        for number, (validation, path) in enumerate(found)
-        if validation.num_tokens == found[-1][0].num_tokens
-    ]
-    return [path for _, _, path in sorted(comparable)[:count]]
+    *_, newest = [[], *_ranked(paths)]
+    return newest[:count]
+
+
+def _ranked(paths: Sequence[Path]) -> list[list[Path]]:
+    """Return checkpoints from best to worst, a list for each number of tokens they compare over.
+
+    The last list is that of the last validated one of `paths`.
+    """
+    groups: dict[int, list[tuple[float, int, Path]]] = {}
+    for number, path in enumerate(paths):
+        if validation := validation_of(path):
+            group = groups.pop(validation.num_tokens, [])
+            groups[validation.num_tokens] = [*group, (validation.loss, number, path)]
+    return [[path for _, _, path in sorted(group)] for group in groups.values()]
 
 
 def validation_of(path: Path) -> Validation | None:
@@ -151,7 +159,10 @@ def commit_checkpoint(
                     writer.write(name, chunks)
                 writer.commit(manifest)
         so_far = [old for number, old in list_checkpoints(directory) if number <= step]
-        kept = {*so_far[-keep:], *(best_checkpoints(so_far, keep_best) if keep_best else ())}
+        groups = _ranked(so_far) if keep_best else []
+        kept = {*so_far[-keep:], *(old for group in groups for old in group[:keep_best])}
+        if len(groups) > 1:  # the last validated one tells over which tokens the best is asked
+            kept.add(max(groups[-1], key=so_far.index))
         _prune([old for old in so_far if old not in kept], storage)
     return path
 
