@@ -121,6 +121,36 @@ def test_a_step_that_is_saved_already_is_not_written_twice(tmp_path, trainer, wi
     assert len(storage.operations) == count > 10
 
 
+def test_a_step_that_is_being_saved_is_left_out_without_waiting(tmp_path, trainer, windows):
+    gate = Gate()
+    with CheckpointWriter(tmp_path, storage=gate) as writer:
+        trainer.training_step(windows())
+        writer.save(trainer)
+        assert gate.reached.wait(30)
+        writer.save(trainer)  # as a periodic save does after a validation's
+        assert list_checkpoints(tmp_path) == []
+        gate.opened.set()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("other_trainer", [False, True])
+def test_the_same_step_of_another_training_is_not_taken_for_the_saved_one(
+    tmp_path, trainer, bigram, windows, other_trainer
+):
+    with CheckpointWriter(tmp_path) as writer:
+        for _ in range(2):
+            trainer.training_step(windows())
+            writer.save(trainer)
+        writer.wait()
+        if other_trainer:
+            trainer = Trainer(bigram(), trainer.config, sinks=[])
+        load_checkpoint(tmp_path / "step-1", trainer)
+        trainer.training_step(windows(5))
+        writer.save(trainer)
+        with pytest.raises(CheckpointError, match="step-2 holds another state of this step"):
+            writer.wait()
+
+
 class Full(LocalStorage):
     """A disk that is full for as long as it is told to be."""
 
