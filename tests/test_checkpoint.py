@@ -27,7 +27,7 @@ from truestep.checkpoint.commit import (
 from truestep.checkpoint.lock import CheckpointError, RunLock
 from truestep.checkpoint.state import load_checkpoint, load_model, save_checkpoint
 from truestep.checkpoint.tensors import read_safetensors, safetensors_chunks
-from truestep.storage import MANIFEST
+from truestep.storage import MANIFEST, LocalStorage
 from truestep.training.optim import MuonAdamW
 
 DTYPES = [
@@ -647,6 +647,28 @@ def test_what_a_dead_writer_left_is_removed_at_the_next_save(tmp_path):
     (tmp_path / ".tmp-file").write_bytes(b"half")
     save_checkpoint(train(new_run(), 1), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-1"]
+
+
+class Recorder(LocalStorage):
+    def __init__(self):
+        self.operations = []
+
+    def sync_directory(self, path):
+        super().sync_directory(path)
+        self.operations.append(("synced", path))
+
+    def remove(self, path):
+        super().remove(path)
+        self.operations.append(("removed", path))
+
+
+def test_a_leftover_is_removed_only_once_its_name_is_durable(tmp_path):
+    run = train(new_run(), 1)
+    leftover = save_checkpoint(run, tmp_path).rename(tmp_path / ".tmp-step-1-abc")
+    storage = Recorder()
+    save_checkpoint(train(run, 1), tmp_path, storage=storage)
+    operations = storage.operations
+    assert ("synced", tmp_path) in operations[: operations.index(("removed", leftover))]
 
 
 HOLD = """

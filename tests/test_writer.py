@@ -1,5 +1,6 @@
 """Saving in the background: off the critical path, and as safe as in the foreground."""
 
+import os
 import threading
 import time
 
@@ -193,6 +194,94 @@ def test_a_failed_save_is_reported_at_the_next_step_and_training_goes_on(
         disk.full = False
         writer.save(trainer)  # the same step may be tried again
     assert [step for step, _ in list_checkpoints(tmp_path)] == [5, 6]
+
+
+def by_a_file(directory):
+    """Put a file where the checkpoints were, which even root cannot save into."""
+    moved = directory.rename(directory.with_name("moved"))
+    directory.write_text("")
+
+    def undo():
+        directory.unlink()
+        moved.rename(directory)
+
+    return undo
+
+
+def by_permissions(directory):
+    """Let nobody write what is there, as a disk that the kernel remounts read-only after errors."""
+    modes = [(path, path.stat().st_mode) for path in (directory / ".lock", directory)]
+    for path, mode in modes:
+        path.chmod(mode & ~0o222)
+    return lambda: [path.chmod(mode) for path, mode in modes]
+
+
+@pytest.mark.parametrize(
+    "close_off",
+    [
+        by_a_file,
+        pytest.param(
+            by_permissions,
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere"),
+        ),
+    ],
+)
+def test_a_directory_that_cannot_be_written_any_more_counts_as_any_other_failed_save(
+    tmp_path, trainer, windows, close_off
+):
+    said, place = [], tmp_path / "checkpoints"
+    with CheckpointWriter(place, say=said.append) as writer:
+        trainer.training_step(windows())
+        writer.save(trainer)
+        writer.wait()
+        undo = close_off(place)
+        for failures in (1, 2):
+            trainer.training_step(windows())
+            writer.save(trainer)
+            writer.wait()
+            assert f"saving failed ({failures} of 3): {place}" in said[-1]
+        undo()
+        writer.save(trainer)
+    assert [step for step, _ in list_checkpoints(place)] == [1, 3]
+
+
+class Stuck(LocalStorage):
+    """A disk that removes nothing for as long as it is told to."""
+
+    stuck = True
+
+    def __init__(self, operation):
+        self.operation = operation
+
+    def rename(self, source, target):
+        prunes = target.name.startswith(".tmp-")
+        if self.stuck and prunes and self.operation == "rename":
+            raise OSError(5, "Input/output error", str(source))
+        super().rename(source, target)
+
+    def remove(self, path):
+        if self.stuck and self.operation == "remove":
+            raise OSError(5, "Input/output error", str(path))
+        super().remove(path)
+
+
+@pytest.mark.parametrize("operation", ["rename", "remove"])
+def test_a_save_that_is_durable_has_not_failed_where_an_old_one_cannot_be_removed(
+    tmp_path, trainer, windows, operation
+):
+    said, disk = [], Stuck(operation)
+    with CheckpointWriter(tmp_path, max_failures=1, say=said.append, storage=disk) as writer:
+        for _ in range(4):
+            trainer.training_step(windows())
+            writer.save(trainer)
+            writer.wait()
+        assert {3, 4} <= {step for step, _ in list_checkpoints(tmp_path)}
+        disk.stuck = False
+        trainer.training_step(windows())
+        writer.save(trainer)  # which removes what was left
+    assert said == []
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 5]
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_it_gives_up_after_so_many_failures_in_a_row(tmp_path, trainer, windows):

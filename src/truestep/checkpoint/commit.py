@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from truestep.checkpoint.lock import CheckpointError, RunLock
+from truestep.checkpoint.lock import CheckpointError, DirectoryLock
 from truestep.storage import (
     LOCAL,
     MANIFEST,
@@ -35,7 +35,7 @@ VERSION = 1
 _MIN_KEEP = 2  # the newest, and one to go back to if it proves damaged
 _BAD_PREFIX = ".bad-"
 _STEP = re.compile("step-(0|[1-9][0-9]*)")
-_SAVING = threading.Lock()  # RunLock lets this process in twice; a save under way is no leftover
+_SAVING = threading.Lock()  # its lock lets a process in twice; a save under way is no leftover
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -127,9 +127,9 @@ def commit_checkpoint(
     """Write `files` (name to byte-like chunks) as `directory/step-<step>` and return its path.
 
     `content` is what the manifest says beside the files; its `validation` ranks the checkpoint.
-    Afterwards those that are neither among the `keep` newest nor the `keep_best` best are removed;
-    those of later steps are not touched. If this very state has been committed it stays as it is,
-    and nothing is written.
+    Afterwards those that are neither among the `keep` newest nor the `keep_best` best over the same
+    tokens are removed, those of later steps excepted; what the disk does not let go is tried again
+    at the next save. If this very state has been committed it stays, and nothing is written.
 
     Errors: OSError when the disk fails, and what was committed before is untouched;
     CheckpointError if another process writes here, or if there is a checkpoint of this step that
@@ -139,12 +139,11 @@ def commit_checkpoint(
         raise ValueError(f"keep={keep} must be at least {_MIN_KEEP}: one to go back to")
     path = directory / f"step-{step}"
     manifest = {**content, "format": FORMAT, "version": VERSION, "step": step}
-    with _SAVING, RunLock(directory):
+    with _SAVING, DirectoryLock(directory):
         with suppress(PermissionError):  # one may write below what one may not read
             # Whoever made `directory`, or the log beside it, may have died before this.
             storage.sync_directory(directory.parent)
-        for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of writers that died
-            storage.remove(leftover)
+        _remove_leftovers(directory, storage)
         if os.path.lexists(path):
             verify_checkpoint(path)
             if not holds_files(path, files):
@@ -158,13 +157,23 @@ def commit_checkpoint(
                 for name, chunks in files.items():
                     writer.write(name, chunks)
                 writer.commit(manifest)
-        so_far = [old for number, old in list_checkpoints(directory) if number <= step]
-        groups = _ranked(so_far) if keep_best else []
-        kept = {*so_far[-keep:], *(old for group in groups for old in group[:keep_best])}
-        if len(groups) > 1:  # the last validated one tells over which tokens the best is asked
-            kept.add(max(groups[-1], key=so_far.index))
-        _prune([old for old in so_far if old not in kept], storage)
+        with suppress(OSError):  # reading the old ones: the new one is durable, nothing has failed
+            so_far = [old for number, old in list_checkpoints(directory) if number <= step]
+            groups = _ranked(so_far) if keep_best else []
+            kept = {*so_far[-keep:], *(old for group in groups for old in group[:keep_best])}
+            if len(groups) > 1:  # the last validated one tells over which tokens the best is asked
+                kept.add(max(groups[-1], key=so_far.index))
+            _prune([old for old in so_far if old not in kept], storage)
     return path
+
+
+def _remove_leftovers(directory: Path, storage: Storage) -> None:
+    """Remove what unfinished saves left; what cannot be removed is left to the next save."""
+    for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        with suppress(OSError):
+            # One that was a checkpoint must not have its old name back once it is half removed.
+            storage.sync_directory(directory)
+            storage.remove(leftover)
 
 
 def holds_files(path: Path, files: Mapping[str, Iterable[Any]]) -> bool:
@@ -186,12 +195,16 @@ def _sha256(chunks: Iterable[Any]) -> str:
 
 
 def _prune(checkpoints: Sequence[Path], storage: Storage) -> None:
-    """Remove checkpoints so that, half removed, none looks like one even after a power loss."""
+    """Remove checkpoints so that, half removed, none looks like one even after a power loss.
+
+    What cannot be removed is left to the next save.
+    """
     for path in checkpoints:
-        doomed = temporary_path(path)
-        storage.rename(path, doomed)
-        storage.sync_directory(path.parent)
-        storage.remove(doomed)
+        with suppress(OSError):
+            doomed = temporary_path(path)
+            storage.rename(path, doomed)
+            storage.sync_directory(path.parent)
+            storage.remove(doomed)
 
 
 def verify_checkpoint(path: Path) -> None:
