@@ -22,6 +22,7 @@ from truestep.storage import (
     TEMPORARY_PREFIX,
     DirectoryWriter,
     FileRecord,
+    OtherVersionError,
     Storage,
     StorageError,
     read_manifest,
@@ -30,7 +31,7 @@ from truestep.storage import (
 )
 
 FORMAT = "truestep checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had neither seals nor checksums of blocks
 
 _MIN_KEEP = 2  # the newest, and one to go back to if it proves damaged
 _BAD_PREFIX = ".bad-"
@@ -63,7 +64,7 @@ def newest_checkpoint(
     """Return the newest checkpoint whose every file is what it was when written, or None.
 
     A damaged one is renamed to `.bad-step-N-…`, which `say` is told, and the next older one is
-    tried. Errors: CheckpointError for an intact one of a format this version does not read.
+    tried. Errors: CheckpointError for one that says it is of a format this version does not read.
     """
     damaged = False
     for _, path in reversed(list_checkpoints(directory)):
@@ -231,11 +232,11 @@ def read_checkpoint_manifest(path: Path) -> tuple[dict[str, Any], dict[str, File
             raise StorageError(
                 f"{path} holds checkpoints; give one of them, such as {inside[-1][1]}"
             )
+        manifest, files = read_manifest(path, (FORMAT, VERSION))
         entries = {entry.name: entry for entry in os.scandir(path)}
         for name, entry in entries.items():
             if not entry.is_file(follow_symlinks=False):
                 raise StorageError(f"{path / ascii(name)[1:-1]}: not a regular file")
-        manifest, files = read_manifest(path)
         if unlisted := sorted(entries.keys() - files.keys() - {MANIFEST}):
             raise StorageError(f"{path}: {unlisted[0]!a} is not in {MANIFEST}")
     found = (manifest.get("format"), manifest.get("version"))
@@ -252,9 +253,14 @@ def read_checkpoint_manifest(path: Path) -> tuple[dict[str, Any], dict[str, File
 
 @contextmanager
 def damage_named() -> Iterator[None]:
-    """Turn what storage finds wrong with a file into a DamagedCheckpointError."""
+    """Turn what storage finds wrong with a file into a DamagedCheckpointError.
+
+    Another version is nothing wrong: a plain CheckpointError.
+    """
     try:
         yield
+    except OtherVersionError as error:
+        raise CheckpointError(f"{error}; read it with the truestep that wrote it") from None
     except StorageError as error:
         raise DamagedCheckpointError(str(error)) from None
 
