@@ -129,8 +129,8 @@ MUTANTS = [
     Mutant(
         "best checkpoint overwritten by a worse one",
         "checkpoint/commit.py",
-        "sorted(comparable)[:count]",
-        "sorted(comparable)[-count:]",
+        "in sorted(group)]",
+        "in sorted(group, reverse=True)]",
         ("test_writer.py",),
     ),
     Mutant(

@@ -27,7 +27,7 @@ from truestep.checkpoint.commit import (
 from truestep.checkpoint.lock import CheckpointError, RunLock
 from truestep.checkpoint.state import load_checkpoint, load_model, save_checkpoint
 from truestep.checkpoint.tensors import read_safetensors, safetensors_chunks
-from truestep.storage import MANIFEST
+from truestep.storage import MANIFEST, LocalStorage
 from truestep.training.optim import MuonAdamW
 
 DTYPES = [
@@ -588,6 +588,23 @@ def hostile_cases(canary):
         (path / "model.safetensors").unlink()
         os.mkfifo(path / "model.safetensors")
 
+    def of_another_structure(path):
+        (path / "model.safetensors").unlink()
+        (path / "model").mkdir()
+        (path / MANIFEST).write_text('{"version": 3, "format": "truestep checkpoint"}')
+
+    def without_seals(path):
+        manifest = json.loads((path / MANIFEST).read_text())
+        del manifest["content_sha256"]
+        for record in manifest["files"].values():
+            del record["blocks"]
+        (path / MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
+
+    def another_digit(path):
+        text = (path / MANIFEST).read_text()
+        assert text.count('"version": 2') == 1
+        (path / MANIFEST).write_text(text.replace('"version": 2', '"version": 6'))
+
     return {
         "a pickle beside": lambda path: (path / "x.pkl").write_bytes(pickle.dumps(Canary(canary))),
         "a pickle inside": payload(pickle.dumps(Canary(canary))),
@@ -612,12 +629,24 @@ def hostile_cases(canary):
         "ties of another kind": lambda path: reseal(path, tied=[1]),
         "facts of another kind": lambda path: reseal(path, facts=None),
         "another format": lambda path: reseal(path, format="truestep tokens"),
-        "a later version": lambda path: reseal(path, version=2),
+        "a later version": lambda path: reseal(path, version=3),
+        "a later version of another structure": of_another_structure,
+        "the first version, without seals": without_seals,
+        "another digit for the version": another_digit,
         "a number that is none": lambda path: reseal(
             path,
             optimizer={"kind": "SGD", "numbers": ["scale/momentum_buffer"], "on_cpu": []},
         ),
     }
+
+
+OF_ANOTHER_TRUESTEP = {
+    "another format",
+    "a later version",
+    "a later version of another structure",
+    "the first version, without seals",
+    "another digit for the version",
+}
 
 
 @pytest.mark.parametrize("case", hostile_cases(None))
@@ -632,11 +661,13 @@ def test_a_hostile_directory_runs_nothing_and_is_refused(tmp_path, history, case
     assert str(caught.value).isprintable()
     assert "step-2" in str(caught.value)
     assert bits(run) == before
-    try:
-        path = newest_checkpoint(place, lambda message: None)
-    except CheckpointError:
-        assert case in {"another format", "a later version"}  # intact, so it is not set aside
+    if case in OF_ANOTHER_TRUESTEP:  # it may be intact, so it is not set aside
+        with pytest.raises(CheckpointError, match="read it with the truestep that wrote it") as e:
+            newest_checkpoint(place, refuse_to_speak)
+        assert not isinstance(e.value, DamagedCheckpointError)
+        assert (place / "step-2").exists()
     else:
+        path = newest_checkpoint(place, lambda message: None)
         assert path in {place / "step-1", place / "step-2"}
     assert not canary.exists()
 
@@ -647,6 +678,28 @@ def test_what_a_dead_writer_left_is_removed_at_the_next_save(tmp_path):
     (tmp_path / ".tmp-file").write_bytes(b"half")
     save_checkpoint(train(new_run(), 1), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-1"]
+
+
+class Recorder(LocalStorage):
+    def __init__(self):
+        self.operations = []
+
+    def sync_directory(self, path):
+        super().sync_directory(path)
+        self.operations.append(("synced", path))
+
+    def remove(self, path):
+        super().remove(path)
+        self.operations.append(("removed", path))
+
+
+def test_a_leftover_is_removed_only_once_its_name_is_durable(tmp_path):
+    run = train(new_run(), 1)
+    leftover = save_checkpoint(run, tmp_path).rename(tmp_path / ".tmp-step-1-abc")
+    storage = Recorder()
+    save_checkpoint(train(run, 1), tmp_path, storage=storage)
+    operations = storage.operations
+    assert ("synced", tmp_path) in operations[: operations.index(("removed", leftover))]
 
 
 HOLD = """

@@ -1,10 +1,12 @@
 """A disk that fills up while a run trains: told aloud, nothing lost, given up only in the end."""
 
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,23 @@ def test_training_goes_on_over_a_full_disk_and_ends_with_the_same_bits_once_ther
     assert "saving failed (1 of 1000)" in text
     assert log_of("runs/cut") == log_of("runs/whole")
     assert weights_of("runs/cut", 60) == weights_of("runs/whole", 60)
+
+
+def test_a_last_save_that_fails_is_tried_once_more_before_the_run_ends(monkeypatch, capsys):
+    replace, failures = os.replace, []
+
+    def fail_once_and_late(source, target):
+        if Path(target).name == "step-12" and not failures:
+            time.sleep(0.5)  # the run is at its end before it can know
+            failures.append(target)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once_and_late)
+    assert train("--run.save-every", "3", "--run.name", "late") == 0
+    assert len(failures) == 1
+    assert "saving failed (1 of 3)" in "".join(capsys.readouterr())
+    assert list_checkpoints(Path("runs/late/checkpoints"))[-1][0] == 12
 
 
 def test_every_record_up_to_a_checkpoint_is_on_the_disk_before_it_appears(monkeypatch):

@@ -16,7 +16,7 @@ from truestep import (
     every,
 )
 from truestep.training.guard import UpdateGuard
-from truestep.training.optim import adamw, clip_gradients, decay_groups
+from truestep.training.optim import adamw, clip_gradients, decay_groups, update
 
 PLAIN = {"precision": "float32", "compile": "off", "max_grad_norm": "off"}
 
@@ -453,3 +453,20 @@ def test_a_muon_pair_goes_on_from_its_state_dict_bit_for_bit(bigram, windows):
     second.step = 1
     assert first.training_step(windows(seed=2)).loss == second.training_step(windows(seed=2)).loss
     assert_same_bits(state_of(first), state_of(second))
+
+
+def test_an_update_that_fails_leaves_no_flag_on_the_optimizer():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = adamw([parameter], learning_rate=0.1, weight_decay=0.0, betas=(0.9, 0.99))
+    assert optimizer.param_groups[0]["fused"]
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        update(optimizer, torch.tensor(True))
+    handle.remove()
+    optimizer.step()  # by somebody else, who skips nothing
+    assert (parameter < 1).all()

@@ -53,7 +53,7 @@ def write(target, train, *, validation=((1, 2),), vocab_size=256, shard_tokens=5
         writer.commit(
             {
                 "format": "truestep tokens",
-                "version": 1,
+                "version": 2,
                 "source": "numbers",
                 "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
                 "vocab_size": tokenizer.vocab_size,
@@ -241,7 +241,8 @@ def _first_shard(name):
         (lambda m: m.update(train=None), "train: input should be"),
         (lambda m: m.update(dtype="O"), "dtype: input should be"),
         (lambda m: m.update(dtype="uint16"), "uint16"),
-        (lambda m: m.update(version=2), "version: input should be 1"),
+        (lambda m: m.update(version=3), "version 2, found version 3; prepare the text again"),
+        (lambda m: m.update(version=None), "version: input should be 2"),
         (lambda m: m.update(format="a checkpoint"), "format: input should be"),
         (lambda m: m.pop("fingerprint"), "fingerprint: field required"),
         (
@@ -258,6 +259,16 @@ def test_a_hostile_manifest_is_refused_in_one_line(damaged, change, message):
     with pytest.raises(StorageError, match=message) as caught:
         open_prepared(directory)
     assert str(caught.value).isprintable()
+
+
+def test_data_of_the_first_version_is_not_called_damaged(damaged):
+    directory = damaged(lambda manifest: None)
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["content_sha256"]
+    path.write_text(json.dumps({**manifest, "version": 1}))
+    with pytest.raises(StorageError, match="version 2, found version 1; prepare the text again"):
+        open_prepared(directory)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '"x"', "\xff"])

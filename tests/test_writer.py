@@ -1,12 +1,13 @@
 """Saving in the background: off the critical path, and as safe as in the foreground."""
 
+import os
 import threading
 import time
 
 import pytest
 import torch
 from faults import FaultyStorage
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from truestep import Trainer, TrainingConfig, every
@@ -121,6 +122,36 @@ def test_a_step_that_is_saved_already_is_not_written_twice(tmp_path, trainer, wi
     assert len(storage.operations) == count > 10
 
 
+def test_a_step_that_is_being_saved_is_left_out_without_waiting(tmp_path, trainer, windows):
+    gate = Gate()
+    with CheckpointWriter(tmp_path, storage=gate) as writer:
+        trainer.training_step(windows())
+        writer.save(trainer)
+        assert gate.reached.wait(30)
+        writer.save(trainer)  # as a periodic save does after a validation's
+        assert list_checkpoints(tmp_path) == []
+        gate.opened.set()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("other_trainer", [False, True])
+def test_the_same_step_of_another_training_is_not_taken_for_the_saved_one(
+    tmp_path, trainer, bigram, windows, other_trainer
+):
+    with CheckpointWriter(tmp_path) as writer:
+        for _ in range(2):
+            trainer.training_step(windows())
+            writer.save(trainer)
+        writer.wait()
+        if other_trainer:
+            trainer = Trainer(bigram(), trainer.config, sinks=[])
+        load_checkpoint(tmp_path / "step-1", trainer)
+        trainer.training_step(windows(5))
+        writer.save(trainer)
+        with pytest.raises(CheckpointError, match="step-2 holds another state of this step"):
+            writer.wait()
+
+
 class Full(LocalStorage):
     """A disk that is full for as long as it is told to be."""
 
@@ -163,6 +194,94 @@ def test_a_failed_save_is_reported_at_the_next_step_and_training_goes_on(
         disk.full = False
         writer.save(trainer)  # the same step may be tried again
     assert [step for step, _ in list_checkpoints(tmp_path)] == [5, 6]
+
+
+def by_a_file(directory):
+    """Put a file where the checkpoints were, which even root cannot save into."""
+    moved = directory.rename(directory.with_name("moved"))
+    directory.write_text("")
+
+    def undo():
+        directory.unlink()
+        moved.rename(directory)
+
+    return undo
+
+
+def by_permissions(directory):
+    """Let nobody write what is there, as a disk that the kernel remounts read-only after errors."""
+    modes = [(path, path.stat().st_mode) for path in (directory / ".lock", directory)]
+    for path, mode in modes:
+        path.chmod(mode & ~0o222)
+    return lambda: [path.chmod(mode) for path, mode in modes]
+
+
+@pytest.mark.parametrize(
+    "close_off",
+    [
+        by_a_file,
+        pytest.param(
+            by_permissions,
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere"),
+        ),
+    ],
+)
+def test_a_directory_that_cannot_be_written_any_more_counts_as_any_other_failed_save(
+    tmp_path, trainer, windows, close_off
+):
+    said, place = [], tmp_path / "checkpoints"
+    with CheckpointWriter(place, say=said.append) as writer:
+        trainer.training_step(windows())
+        writer.save(trainer)
+        writer.wait()
+        undo = close_off(place)
+        for failures in (1, 2):
+            trainer.training_step(windows())
+            writer.save(trainer)
+            writer.wait()
+            assert f"saving failed ({failures} of 3): {place}" in said[-1]
+        undo()
+        writer.save(trainer)
+    assert [step for step, _ in list_checkpoints(place)] == [1, 3]
+
+
+class Stuck(LocalStorage):
+    """A disk that removes nothing for as long as it is told to."""
+
+    stuck = True
+
+    def __init__(self, operation):
+        self.operation = operation
+
+    def rename(self, source, target):
+        prunes = target.name.startswith(".tmp-")
+        if self.stuck and prunes and self.operation == "rename":
+            raise OSError(5, "Input/output error", str(source))
+        super().rename(source, target)
+
+    def remove(self, path):
+        if self.stuck and self.operation == "remove":
+            raise OSError(5, "Input/output error", str(path))
+        super().remove(path)
+
+
+@pytest.mark.parametrize("operation", ["rename", "remove"])
+def test_a_save_that_is_durable_has_not_failed_where_an_old_one_cannot_be_removed(
+    tmp_path, trainer, windows, operation
+):
+    said, disk = [], Stuck(operation)
+    with CheckpointWriter(tmp_path, max_failures=1, say=said.append, storage=disk) as writer:
+        for _ in range(4):
+            trainer.training_step(windows())
+            writer.save(trainer)
+            writer.wait()
+        assert {3, 4} <= {step for step, _ in list_checkpoints(tmp_path)}
+        disk.stuck = False
+        trainer.training_step(windows())
+        writer.save(trainer)  # which removes what was left
+    assert said == []
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 5]
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_it_gives_up_after_so_many_failures_in_a_row(tmp_path, trainer, windows):
@@ -244,6 +363,7 @@ losses = st.lists(
 )
 
 
+@example(history=[(1.0, 7), (1.0, 9), (1.5, 7), None, None], keep_best=1)  # back to the first
 @given(history=losses, keep_best=st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
 def test_the_best_checkpoints_stay_and_are_never_replaced_by_worse_ones(
@@ -256,24 +376,29 @@ def test_the_best_checkpoints_stay_and_are_never_replaced_by_worse_ones(
         commit_checkpoint(
             directory, step, {"a": [b"x"]}, content, keep=2, keep_best=keep_best, storage=LOCAL
         )
-        # The oracle: among all that were ever measured over the latest's tokens, and still
-        # comparable then, by loss and then age.
-        measured_ones = [(s, m) for s, m in enumerate(history[:step], start=1) if m is not None]
+        # The oracle: among all that were ever measured over the same tokens, by loss and then age.
+        measured_ones = [(s, *m) for s, m in enumerate(history[:step], start=1) if m is not None]
+        best = {}  # number of tokens -> steps
+        for tokens in {num_tokens for _, _, num_tokens in measured_ones}:
+            ranked = sorted((loss, s) for s, loss, n in measured_ones if n == tokens)
+            best[tokens] = [s for _, s in ranked[:keep_best]]
         left = {s for s, _ in list_checkpoints(directory)}
-        assert {step, max(step - 1, 1)} <= left
-        if measured_ones and len({m[1] for _, m in measured_ones}) == 1:
-            ranked = sorted(measured_ones, key=lambda item: (item[1][0], item[0]))
-            best = {s for s, _ in ranked[:keep_best]}
-            assert left == best | {step, max(step - 1, 1)}
-            paths = [path for _, path in list_checkpoints(directory)]
-            assert best_checkpoints(paths, 1)[0].name == f"step-{ranked[0][0]}"
+        # It tells which of several groups `best` means.
+        last = {measured_ones[-1][0]} if len(best) > 1 else set()
+        assert left == last.union({step, max(step - 1, 1)}, *best.values())
+        paths = [path for _, path in list_checkpoints(directory)]
+        answer = [int(path.name[5:]) for path in best_checkpoints(paths, keep_best)]
+        assert answer == (best[measured_ones[-1][2]] if measured_ones else [])
 
 
 def test_losses_over_other_tokens_are_not_compared(tmp_path):
-    for step, validation in [(1, Validation(1.0, 7)), (2, Validation(5.0, 9)), (3, None)]:
+    measured = [Validation(1.0, 7), Validation(5.0, 9), None, None]
+    for step, validation in enumerate(measured, start=1):
         content = {"validation": validation and validation._asdict(), "facts": {}}
         commit_checkpoint(tmp_path, step, {"a": [b"x"]}, content, keep=2, keep_best=1)
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2, 3, 4]
+    paths = [path for _, path in list_checkpoints(tmp_path)]
+    assert best_checkpoints(paths, 1) == [tmp_path / "step-2"]
 
 
 @pytest.mark.parametrize(

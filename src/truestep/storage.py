@@ -34,6 +34,10 @@ class StorageError(OSError):
     """A stored file is missing, short, unreadable or not what its manifest says."""
 
 
+class OtherVersionError(StorageError):
+    """A manifest says it is of a version that is not read here; it may be intact."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What a manifest says of one file.
@@ -267,16 +271,21 @@ def _difference(
     return StorageError(f"{path}: its bytes do not have the sha256 of its manifest")
 
 
-def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+def read_manifest(
+    directory: Path, expected: tuple[str, int] | None = None
+) -> tuple[dict[str, Any], dict[str, FileRecord]]:
     """Return a directory's manifest and the records of its files.
 
     Errors: StorageError for a manifest that is missing, not JSON, not as it was sealed, or that
-    names a file outside.
+    names a file outside; OtherVersionError, before seal and structure are looked at, for one that
+    says it is of the expected format and of another version than the expected one.
     """
     path = directory / MANIFEST
     data = read_file(path, limit=_MANIFEST_LIMIT_BYTES)
     try:
         manifest = json.loads(data)
+        if expected is not None and manifest.get("format") == expected[0]:
+            _require_version(path, manifest, *expected)
         sealed = manifest.pop(_SEAL) == _seal(manifest)
         files = {name: _file_record(record) for name, record in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -288,6 +297,17 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], dict[str, FileRecord
         if Path(name).name != name or not name.isprintable() or name in {"", ".", ".."}:
             raise StorageError(f"{path}: {name!r} is not a plain file name")
     return manifest, files
+
+
+def _require_version(
+    path: Path, manifest: dict[str, Any], expected_format: str, version: int
+) -> None:
+    """Refuse another version; one that is no number is left to the seal, as damage would be."""
+    found = manifest.get("version")
+    if type(found) is int and found != version:
+        raise OtherVersionError(
+            f"{path}: expected {expected_format!r} version {version}, found version {found}"
+        )
 
 
 def _seal(content: dict[str, Any]) -> str:

@@ -15,13 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from truestep.checkpoint.lock import CheckpointError, RunLock
+from truestep.checkpoint.lock import CheckpointError, DirectoryLock
 from truestep.storage import (
     LOCAL,
     MANIFEST,
     TEMPORARY_PREFIX,
     DirectoryWriter,
     FileRecord,
+    OtherVersionError,
     Storage,
     StorageError,
     read_manifest,
@@ -30,12 +31,12 @@ from truestep.storage import (
 )
 
 FORMAT = "truestep checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had neither seals nor checksums of blocks
 
 _MIN_KEEP = 2  # the newest, and one to go back to if it proves damaged
 _BAD_PREFIX = ".bad-"
 _STEP = re.compile("step-(0|[1-9][0-9]*)")
-_SAVING = threading.Lock()  # RunLock lets this process in twice; a save under way is no leftover
+_SAVING = threading.Lock()  # its lock lets a process in twice; a save under way is no leftover
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -63,7 +64,7 @@ def newest_checkpoint(
     """Return the newest checkpoint whose every file is what it was when written, or None.
 
     A damaged one is renamed to `.bad-step-N-…`, which `say` is told, and the next older one is
-    tried. Errors: CheckpointError for an intact one of a format this version does not read.
+    tried. Errors: CheckpointError for one that says it is of a format this version does not read.
     """
     damaged = False
     for _, path in reversed(list_checkpoints(directory)):
@@ -86,13 +87,21 @@ def best_checkpoints(paths: Sequence[Path], count: int) -> list[Path]:
 
     Losses compare over the same tokens only: those that the last validated one of `paths` has.
     """
-    found = [(validation, path) for path in paths if (validation := validation_of(path))]
-    comparable = [
-        (validation.loss, number, path)
-        for number, (validation, path) in enumerate(found)
-        if validation.num_tokens == found[-1][0].num_tokens
-    ]
-    return [path for _, _, path in sorted(comparable)[:count]]
+    *_, newest = [[], *_ranked(paths)]
+    return newest[:count]
+
+
+def _ranked(paths: Sequence[Path]) -> list[list[Path]]:
+    """Return checkpoints from best to worst, a list for each number of tokens they compare over.
+
+    The last list is that of the last validated one of `paths`.
+    """
+    groups: dict[int, list[tuple[float, int, Path]]] = {}
+    for number, path in enumerate(paths):
+        if validation := validation_of(path):
+            group = groups.pop(validation.num_tokens, [])
+            groups[validation.num_tokens] = [*group, (validation.loss, number, path)]
+    return [[path for _, _, path in sorted(group)] for group in groups.values()]
 
 
 def validation_of(path: Path) -> Validation | None:
@@ -119,9 +128,9 @@ def commit_checkpoint(
     """Write `files` (name to byte-like chunks) as `directory/step-<step>` and return its path.
 
     `content` is what the manifest says beside the files; its `validation` ranks the checkpoint.
-    Afterwards those that are neither among the `keep` newest nor the `keep_best` best are removed;
-    those of later steps are not touched. If this very state has been committed it stays as it is,
-    and nothing is written.
+    Afterwards those that are neither among the `keep` newest nor the `keep_best` best over the same
+    tokens are removed, those of later steps excepted; what the disk does not let go is tried again
+    at the next save. If this very state has been committed it stays, and nothing is written.
 
     Errors: OSError when the disk fails, and what was committed before is untouched;
     CheckpointError if another process writes here, or if there is a checkpoint of this step that
@@ -131,12 +140,11 @@ def commit_checkpoint(
         raise ValueError(f"keep={keep} must be at least {_MIN_KEEP}: one to go back to")
     path = directory / f"step-{step}"
     manifest = {**content, "format": FORMAT, "version": VERSION, "step": step}
-    with _SAVING, RunLock(directory):
+    with _SAVING, DirectoryLock(directory):
         with suppress(PermissionError):  # one may write below what one may not read
             # Whoever made `directory`, or the log beside it, may have died before this.
             storage.sync_directory(directory.parent)
-        for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):  # of writers that died
-            storage.remove(leftover)
+        _remove_leftovers(directory, storage)
         if os.path.lexists(path):
             verify_checkpoint(path)
             if not holds_files(path, files):
@@ -150,10 +158,23 @@ def commit_checkpoint(
                 for name, chunks in files.items():
                     writer.write(name, chunks)
                 writer.commit(manifest)
-        so_far = [old for number, old in list_checkpoints(directory) if number <= step]
-        kept = {*so_far[-keep:], *(best_checkpoints(so_far, keep_best) if keep_best else ())}
-        _prune([old for old in so_far if old not in kept], storage)
+        with suppress(OSError):  # reading the old ones: the new one is durable, nothing has failed
+            so_far = [old for number, old in list_checkpoints(directory) if number <= step]
+            groups = _ranked(so_far) if keep_best else []
+            kept = {*so_far[-keep:], *(old for group in groups for old in group[:keep_best])}
+            if len(groups) > 1:  # the last validated one tells over which tokens the best is asked
+                kept.add(max(groups[-1], key=so_far.index))
+            _prune([old for old in so_far if old not in kept], storage)
     return path
+
+
+def _remove_leftovers(directory: Path, storage: Storage) -> None:
+    """Remove what unfinished saves left; what cannot be removed is left to the next save."""
+    for leftover in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        with suppress(OSError):
+            # One that was a checkpoint must not have its old name back once it is half removed.
+            storage.sync_directory(directory)
+            storage.remove(leftover)
 
 
 def holds_files(path: Path, files: Mapping[str, Iterable[Any]]) -> bool:
@@ -175,12 +196,16 @@ def _sha256(chunks: Iterable[Any]) -> str:
 
 
 def _prune(checkpoints: Sequence[Path], storage: Storage) -> None:
-    """Remove checkpoints so that, half removed, none looks like one even after a power loss."""
+    """Remove checkpoints so that, half removed, none looks like one even after a power loss.
+
+    What cannot be removed is left to the next save.
+    """
     for path in checkpoints:
-        doomed = temporary_path(path)
-        storage.rename(path, doomed)
-        storage.sync_directory(path.parent)
-        storage.remove(doomed)
+        with suppress(OSError):
+            doomed = temporary_path(path)
+            storage.rename(path, doomed)
+            storage.sync_directory(path.parent)
+            storage.remove(doomed)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -207,11 +232,11 @@ def read_checkpoint_manifest(path: Path) -> tuple[dict[str, Any], dict[str, File
             raise StorageError(
                 f"{path} holds checkpoints; give one of them, such as {inside[-1][1]}"
             )
+        manifest, files = read_manifest(path, (FORMAT, VERSION))
         entries = {entry.name: entry for entry in os.scandir(path)}
         for name, entry in entries.items():
             if not entry.is_file(follow_symlinks=False):
                 raise StorageError(f"{path / ascii(name)[1:-1]}: not a regular file")
-        manifest, files = read_manifest(path)
         if unlisted := sorted(entries.keys() - files.keys() - {MANIFEST}):
             raise StorageError(f"{path}: {unlisted[0]!a} is not in {MANIFEST}")
     found = (manifest.get("format"), manifest.get("version"))
@@ -228,9 +253,14 @@ def read_checkpoint_manifest(path: Path) -> tuple[dict[str, Any], dict[str, File
 
 @contextmanager
 def damage_named() -> Iterator[None]:
-    """Turn what storage finds wrong with a file into a DamagedCheckpointError."""
+    """Turn what storage finds wrong with a file into a DamagedCheckpointError.
+
+    Another version is nothing wrong: a plain CheckpointError.
+    """
     try:
         yield
+    except OtherVersionError as error:
+        raise CheckpointError(f"{error}; read it with the truestep that wrote it") from None
     except StorageError as error:
         raise DamagedCheckpointError(str(error)) from None
 

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,12 +21,43 @@ class CheckpointError(RuntimeError):
     """A checkpoint or its directory cannot be used as asked."""
 
 
+@contextmanager
+def unwritable_named(directory: Path) -> Iterator[None]:
+    """Turn the refusal to write into a directory into a CheckpointError that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise CheckpointError(
+            f"{directory} cannot be written: {error.strerror}; choose a directory you may write to"
+        ) from None
+
+
 class RunLock:
+    """A `DirectoryLock` for all of a run: a directory that cannot be written is a CheckpointError.
+
+    At its beginning the user can choose another; later it is a disk that fails, and OSError.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._lock = DirectoryLock(directory)
+
+    def __enter__(self) -> "RunLock":
+        with unwritable_named(self._lock.directory):
+            self._lock.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.__exit__(*exception)
+
+
+class DirectoryLock:
     """Keeps every other process out of a directory, from entering to leaving.
 
     One process may enter again while it is inside. A process that dies leaves it, however it dies.
 
-    Errors: CheckpointError at once, naming the holder, if another process is inside, and for a
+    Errors: CheckpointError at once, naming the holder, if another process is inside; OSError for a
     directory that cannot be written.
     """
 
@@ -34,7 +67,7 @@ class RunLock:
         self._lock: FileLock | None = None
         self._outermost = False
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> "DirectoryLock":
         try:
             LOCAL.make_directory(self.directory)
             # One lock object for all of this process, so that entering again is counted.
@@ -47,13 +80,6 @@ class RunLock:
             raise CheckpointError(
                 f"{self.directory} is in use by {self._name_holder()}; "
                 "wait for it, stop it or choose another directory"
-            ) from None
-        except OSError as error:
-            if error.errno not in _UNWRITABLE:
-                raise
-            raise CheckpointError(
-                f"{self.directory} cannot be written: {error.strerror}; "
-                "choose a directory you may write to"
             ) from None
         if self._outermost:
             started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -69,7 +95,8 @@ class RunLock:
 
     def __exit__(self, *exception: object) -> None:
         if self._outermost:
-            self._holder.unlink(missing_ok=True)
+            with suppress(OSError):  # nobody reads it while nobody is inside
+                self._holder.unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.release()
 

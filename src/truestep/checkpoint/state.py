@@ -14,7 +14,7 @@ from truestep.checkpoint.commit import (
     damage_named,
     read_checkpoint_manifest,
 )
-from truestep.checkpoint.lock import CheckpointError
+from truestep.checkpoint.lock import CheckpointError, unwritable_named
 from truestep.checkpoint.snapshot import (
     BATCH_FILE,
     MODEL_FILE,
@@ -46,17 +46,19 @@ def save_checkpoint(
     What has been saved already is left as it is.
 
     Errors: CheckpointError for state that cannot be saved without pickle, if another state of this
-    step or another process is here; OSError when the disk fails. Older checkpoints are untouched.
+    step or another process is here, or if nothing can be written here; OSError when the disk fails.
+    Older checkpoints are untouched.
     """
     snapshot = take_snapshot(trainer, facts)
-    return commit_checkpoint(
-        Path(directory),
-        snapshot.step,
-        snapshot.files(),
-        snapshot.content,
-        keep=keep,
-        storage=storage,
-    )
+    with unwritable_named(Path(directory)):
+        return commit_checkpoint(
+            Path(directory),
+            snapshot.step,
+            snapshot.files(),
+            snapshot.content,
+            keep=keep,
+            storage=storage,
+        )
 
 
 def load_checkpoint(path: str | Path, trainer: Resumable) -> dict[str, Any]:

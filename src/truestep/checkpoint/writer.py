@@ -1,5 +1,6 @@
 """Save in the background: training goes on while one thread brings a checkpoint to the disk."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +15,12 @@ from truestep.storage import LOCAL, Storage, explain
 class CheckpointWriter:
     """Saves checkpoints into `directory` from a thread of its own, at most one at a time.
 
-    `save` copies the state in memory and returns; if the save before is still under way, it waits
-    for that first. A checkpoint exists only once all of it is on the disk. What became of a save is
-    told at the next step: give the writer to a trainer among its sinks, or call `check`. A save
-    that fails is reported by `say` and training goes on; the older checkpoints are untouched. The
-    error is raised after `max_failures` in a row, and by `close` if the last save failed.
+    `save` copies the state in memory and returns; if the save of another step is still under way,
+    it waits for that first. A checkpoint exists only once all of it is on the disk. What became of
+    a save is told at the next step: give the writer to a trainer among its sinks, or call `check`.
+    A save that fails is reported by `say` and training goes on; the older checkpoints are
+    untouched. The error is raised after `max_failures` in a row, and by `close` if the last save
+    failed.
 
     `before_commit` runs in the thread before each save, for what must be on the disk first.
     Memory: the saved state once more, from `save` until it is written.
@@ -40,7 +42,7 @@ class CheckpointWriter:
         self._say, self._before_commit, self._storage = say, before_commit, storage
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="truestep-checkpoint")
         self._in_flight: Future[Path] | None = None
-        self._saved_step: int | None = None
+        self._saved: tuple[object, ...] | None = None  # the mark of what is saved or in flight
         self._failures = 0
         self._error: OSError | None = None
 
@@ -51,15 +53,18 @@ class CheckpointWriter:
         facts: Mapping[str, Any] = {},
         validation: Validation | None = None,
     ) -> None:
-        """Copy the state and have it written; a step that is being or has been saved is left out.
+        """Copy the state and have it written; what is being or has been saved is left out at once.
 
+        One that is under way may still fail: to have it tried again then, `wait` before.
         Errors: as `check`, of the save before; CheckpointError for state that cannot be saved.
         """
-        self.wait()
-        if trainer.step == self._saved_step:
+        self.check()
+        mark = _mark(trainer)
+        if mark == self._saved:
             return
+        self.wait()
         snapshot = take_snapshot(trainer, facts, validation).staged()
-        self._saved_step = snapshot.step
+        self._saved = mark
         self._in_flight = self._worker.submit(self._commit, snapshot)
 
     def check(self) -> None:
@@ -79,7 +84,7 @@ class CheckpointWriter:
         try:
             in_flight.result()
         except OSError as error:
-            self._saved_step = None  # this step may be tried again
+            self._saved = None  # this step may be tried again
             self._failures = min(self._failures + 1, self._max_failures)
             self._say(f"saving failed ({self._failures} of {self._max_failures}): {explain(error)}")
             gives_up = self._failures >= self._max_failures
@@ -128,3 +133,13 @@ class CheckpointWriter:
             keep_best=self._keep_best,
             storage=self._storage,
         )
+
+
+def _mark(trainer: Resumable) -> tuple[object, ...]:
+    """Return what is equal for the same state of the same training, without reading that state.
+
+    One training never comes to a step twice, unless something is loaded between: that writes to the
+    parameters from outside, and torch counts such writes in their versions.
+    """
+    versions = [parameter._version for parameter in trainer.model.parameters()]
+    return trainer.step, weakref.ref(trainer.model), versions

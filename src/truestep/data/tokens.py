@@ -24,13 +24,14 @@ from truestep.data.tokenizer import Tokenizer, load_tokenizer
 from truestep.storage import (
     MANIFEST,
     FileRecord,
+    OtherVersionError,
     StorageError,
     read_file,
     read_manifest,
 )
 
 FORMAT = "truestep tokens"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither seals nor checksums of blocks
 _SHARDS = "train-*.bin"
 _A_LIST = "train-documents.jsonl"
 _OPEN_SHARDS = 64  # descriptors a split holds at most
@@ -63,7 +64,7 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     format: Literal["truestep tokens"]
-    version: Literal[1]
+    version: Literal[2]
     source: str
     tokenizer: _TokenizerRecord
     vocab_size: Annotated[int, Field(ge=1, le=2**32)]
@@ -227,8 +228,11 @@ def open_prepared(directory: Path, tokenizer: Tokenizer | None = None) -> Prepar
 
     Errors: StorageError naming the file, what was expected and what was found.
     """
-    manifest, files = read_manifest(directory)
     path = directory / MANIFEST
+    try:
+        manifest, files = read_manifest(directory, (FORMAT, FORMAT_VERSION))
+    except OtherVersionError as error:
+        raise StorageError(f"{error}; prepare the text again") from None
     try:
         checked = _Manifest.model_validate(manifest)
     except ValidationError as error:

@@ -167,7 +167,9 @@ def update(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     if skips_on_device(optimizer):
         # The fused kernel reads the flag on the device; the host need not wait for it.
         optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
     elif not skipped:
         optimizer.step()

@@ -67,7 +67,7 @@ class Session:
         trainer.sinks = [self._log, self._writer, self.display, spikes]
         trainer.companions = [
             every(config.run.evaluate_every, self._validate),
-            every(config.run.save_every, lambda *_: self.save()),
+            every(config.run.save_every, lambda *_: self._save()),
         ]
 
     def __enter__(self) -> "Session":
@@ -89,6 +89,11 @@ class Session:
             self._validate(self.training.trainer)
 
     def save(self) -> None:
+        """Have the state of this step written, once more if a save of it under way fails."""
+        self._writer.wait()
+        self._save()
+
+    def _save(self) -> None:
         """Have the state of this step written, with its validation loss if it was measured."""
         training = self.training
         step, validation = self._validation or (-1, None)
@@ -116,7 +121,7 @@ class Session:
                 result = self._evaluate(run.evaluation_windows)
             if math.isfinite(result.loss):
                 self._validation = step, Validation(result.loss, result.num_tokens)
-            self.save()
+            self._save()
 
     def _evaluate(self, num_windows: int | None) -> Evaluation:
         config, data = self.training.config, self.training.data

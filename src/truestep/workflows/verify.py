@@ -10,7 +10,7 @@ from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
 from truestep.checkpoint.state import load_checkpoint, read_facts
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
-from truestep.data.tokens import is_prepared, open_prepared
+from truestep.data.tokens import FORMAT, FORMAT_VERSION, is_prepared, open_prepared
 from truestep.observe.log import METRICS, read_metrics, read_records
 from truestep.observe.text import count
 from truestep.settings import shown
@@ -154,9 +154,12 @@ def _on_cpu(config: RunConfig) -> RunConfig:
 
 def _data_checks(directory: Path) -> Iterator[Check]:
     damaged: list[str] = []
-    yield MANIFEST, lambda: count(len(read_manifest(directory)[1]), "file")
+    yield (
+        MANIFEST,
+        lambda: count(len(read_manifest(directory, (FORMAT, FORMAT_VERSION))[1]), "file"),
+    )
     try:
-        _, files = read_manifest(directory)
+        _, files = read_manifest(directory, (FORMAT, FORMAT_VERSION))
     except StorageError:
         return
     for name, record in files.items():
