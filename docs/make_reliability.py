@@ -68,6 +68,14 @@ ROWS = [
         ),
     ),
     Row(
+        "kill -9 while the model is compiled",
+        "what torch's cache holds of it is removed and compiled anew",
+        (
+            "test_compile_cache.py::test_a_library_that_was_cut_anywhere",
+            "test_compile_cache.py::test_a_run_compiles_anew",
+        ),
+    ),
+    Row(
         "power loss",
         "the old or the new; what was committed stays (modelled)",
         (
@@ -136,7 +144,18 @@ ROWS = [
             "test_interruptions.py::test_a_signal_at_any_moment",
             "test_interruptions.py::test_the_command_that_was_printed",
             "test_interruptions.py::test_a_second_signal_leaves_at_once",
-            "test_cli.py::test_a_validation_that_a_signal_cut_off",
+            "test_cli.py::test_a_validation_that_a_signal_cut_off_is_made_up_for",
+            "test_cli.py::test_a_validation_that_a_signal_cut_off_still_ranks",
+            "test_cli.py::test_a_terminal_that_is_closed_costs_nothing",
+        ),
+    ),
+    Row(
+        "a run's own settings or log edited, cut or lost",
+        "settings: refused, and found by `verify`; a log that lacks steps: said, found by `verify`",
+        (
+            "test_faults_settings.py::test_a_changed_or_missing_line_of_the_run_s_own_settings",
+            "test_verify.py::test_going_on_after_the_log_lost_steps",
+            "test_sinks.py::test_a_log_that_is_gone_from_its_place",
         ),
     ),
     Row(
