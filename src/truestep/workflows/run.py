@@ -31,6 +31,7 @@ from truestep.workflows.resources import checkpoint_bytes, num_checkpoints
 CONFIG, MANIFEST, SAMPLES = "config.toml", "manifest.json", "samples.jsonl"
 CHECKPOINTS, BUNDLES, INSPECTIONS = "checkpoints", "bundles", "inspections"
 _FACTS_LIMIT_BYTES = 2**20
+_NAME_LIMIT = 100
 _PROBE_BYTES = 2**16  # settings, facts and the first lines of the logs
 
 
@@ -117,11 +118,16 @@ def _taken(directory: Path) -> RunError:
 
 
 def _check_name(name: str) -> None:
-    plain = name.isprintable() and Path(name).name == name and "\\" not in name
-    if not plain or not 0 < len(name) <= 100 or name.startswith("."):
+    if len(name) > _NAME_LIMIT:
         raise RunError(
-            f"run.name={name[:100]!r} is not a plain name; use letters, digits, - and _ "
-            "(--run.directory says where runs lie)"
+            f"run.name={name[:20] + '...'!r} has {len(name):,} characters; use no more than "
+            f"{_NAME_LIMIT}"
+        )
+    plain = name.isprintable() and Path(name).name == name and "\\" not in name
+    if not name or not plain or name.startswith((".", "-")):
+        raise RunError(
+            f"run.name={name!r} is not a plain name; use printable characters other than / and "
+            "\\, and neither . nor - for the first (--run.directory says where runs lie)"
         )
 
 
