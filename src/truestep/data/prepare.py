@@ -27,6 +27,7 @@ from truestep.data.tokens import (
     is_prepared,
     open_prepared,
 )
+from truestep.observe.text import count
 from truestep.storage import LOCAL, MANIFEST, DirectoryWriter, Storage, StorageError
 
 _SPLITS = ("train", "validation")
@@ -162,7 +163,8 @@ def _survey(source: str, validation: str, tokenizer: Tokenizer, say: Say) -> _Su
         if not train:
             raise CorpusError(f"validation={validation!r} has all the text of source={source!r}")
         if len(train) < len(documents):
-            say(f"left out {len(documents) - len(train)} files that are in {validation}, too")
+            left_out = count(len(documents) - len(train), "file")
+            say(f"left out {left_out} found in {validation}, too")
     splits = dict(zip(_SPLITS, (train, held_out), strict=True))
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for split, members in splits.items():
@@ -198,7 +200,7 @@ def _hash_all(field: str, source: str, say: Say) -> list[_Hashed]:
         reason = problems[0] if problems else f"{source!r} has no text in it"
         raise CorpusError(f"{field}: {reason}")
     if problems:
-        say(f"{source}: skipped {len(problems)} files that are not UTF-8 text: {problems[0]}")
+        say(f"{source}: skipped {count(len(problems), 'file')}, not UTF-8 text: {problems[0]}")
     return hashed
 
 
@@ -218,7 +220,8 @@ def _split(source: str, documents: list[_Hashed], say: Say) -> tuple[list[_Hashe
         held_out = [member for member in documents if member.sha256 in chosen]
         share = sum(member.num_bytes for member in held_out) / total
         if _LEAST_SHARE <= share <= _MOST_SHARE:
-            say(f"validation: {len(held_out)} of {len(documents)} files, {share:.1%} of the text")
+            files = count(len(documents), "file")
+            say(f"validation: {len(held_out):,} of {files}, {share:.1%} of the text")
             return [member for member in documents if member.sha256 not in chosen], held_out
     return _cut_tails(source, documents, say)
 
@@ -284,7 +287,7 @@ def _write(
             }
         )
     say(
-        f"wrote {records['train'].num_tokens:,} tokens to train on and "
+        f"wrote {count(records['train'].num_tokens, 'token')} to train on and "
         f"{records['validation'].num_tokens:,} to validate on to {os.fspath(target)!r}"
     )
     return open_prepared(target, tokenizer)
