@@ -1,6 +1,7 @@
 """`truestep verify`: every stored byte is looked at, and nothing is changed."""
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -68,6 +69,38 @@ def test_one_changed_byte_anywhere_is_found_and_its_file_named(capsys, run):
             assert re.search(rf"{path.name}: bytes 0 to {len(good) - 1} are not", bad[0]), bad
         path.write_bytes(good)
     assert verified(capsys, run)[0] == 0
+
+
+def test_one_damaged_data_file_is_one_damage_and_its_path_is_said_once(capsys, run):
+    (data,) = Path("runs/.data").iterdir()
+    shard = data / "train-00000.bin"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 9)
+    for path, place in ((run, f"{data}: "), (data, "")):
+        code, out = verified(capsys, path)
+        assert code == 1
+        lines = out.splitlines()
+        bad = f"BAD  {place}train-00000.bin: expected {size} bytes, found {size - 9}"
+        assert [line for line in lines if line.startswith("BAD")] == [bad]
+        skipped = "tokens: not read, because train-00000.bin is damaged"
+        assert f"--   {place}train {skipped}" in lines
+        assert f"--   {place}validation {skipped}" in lines
+        assert lines[-1] == f"{path}: 1 damaged"
+    (data / "manifest.json").write_text("{}")
+    bad = [line for line in verified(capsys, run)[1].splitlines() if line.startswith("BAD")]
+    assert len(bad) == 1
+    assert bad[0].startswith(f"BAD  {data}: manifest.json: not a manifest")
+
+
+def test_one_of_a_kind_is_counted_as_one(capsys, run):
+    (data,) = Path("runs/.data").iterdir()
+    sample = (run / "samples.jsonl").read_text().splitlines(keepends=True)[0]
+    (run / "samples.jsonl").write_text(sample)
+    out = verified(capsys, run)[1].splitlines()
+    assert "ok   samples.jsonl: 1 sample" in out
+    assert any(
+        re.fullmatch(f"ok   {data}: train tokens: [0-9,]+ ids in 1 document", s) for s in out
+    )
 
 
 @pytest.mark.parametrize(

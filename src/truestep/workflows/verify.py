@@ -12,6 +12,7 @@ from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.tokens import TokenSplit, is_prepared, open_prepared
 from truestep.observe.log import METRICS, read_metrics, read_records
+from truestep.observe.text import count
 from truestep.storage import MANIFEST, StorageError, read_manifest, verify_file
 from truestep.workflows.build import build_trainer
 from truestep.workflows.history import CHANGES, config_at
@@ -31,6 +32,10 @@ Check = tuple[str, Callable[[], str]]
 """What is checked, and a function that returns what it found or raises what is wrong."""
 
 
+class _NotReadError(Exception):
+    """A check that was left out, because of damage that is counted already."""
+
+
 def verify(path: Path, say: Say) -> int:
     """Check a run, a checkpoint or a directory of prepared data; return how much is wrong.
 
@@ -41,6 +46,8 @@ def verify(path: Path, say: Say) -> int:
     for name, check in _checks(path):
         try:
             say(f"ok   {name}: {check()}")
+        except _NotReadError as reason:
+            say(f"--   {name}: {reason}")
         except (ValueError, OSError, RuntimeError) as error:
             wrong += 1
             say(f"BAD  {name}: {error}")
@@ -66,8 +73,8 @@ def _run_checks(run: Path) -> Iterator[Check]:
     yield MANIFEST, lambda: _check_facts(run)
     yield METRICS, lambda: _check_log(run)
     if (run / CHANGES).exists():
-        yield CHANGES, lambda: f"{sum(1 for _ in read_records(run / CHANGES))} changes"
-    yield SAMPLES, lambda: f"{sum(1 for _ in read_records(run / SAMPLES))} samples"
+        yield CHANGES, lambda: _count_records(run / CHANGES, "change")
+    yield SAMPLES, lambda: _count_records(run / SAMPLES, "sample")
     for _, path in list_checkpoints(run / CHECKPOINTS):
         yield f"{CHECKPOINTS}/{path.name}", lambda path=path: _check_checkpoint(path)  # type: ignore[misc]
     for path in sorted((run / BUNDLES).glob("[!.]*")):
@@ -75,6 +82,10 @@ def _run_checks(run: Path) -> Iterator[Check]:
     if data := _data_of(run):
         for name, check in _data_checks(data):
             yield f"{data}: {name}", check
+
+
+def _count_records(path: Path, noun: str) -> str:
+    return count(sum(1 for _ in read_records(path)), noun)
 
 
 def _check_settings(run: Path) -> str:
@@ -120,30 +131,50 @@ def _on_cpu(config: RunConfig) -> RunConfig:
 
 
 def _data_checks(directory: Path) -> Iterator[Check]:
-    yield MANIFEST, lambda: f"{len(read_manifest(directory)[1])} files"
+    yield MANIFEST, lambda: _check_manifest(directory)
     try:
         _, files = read_manifest(directory)
     except StorageError:
         return
+    damaged: list[str] = []
     for name, record in files.items():
-        yield name, lambda name=name, record=record: _check_file(directory / name, record)  # type: ignore[misc]
+        yield name, lambda name=name, record=record: _check_file(directory / name, record, damaged)  # type: ignore[misc]
     for split in ("train", "validation"):
-        yield f"{split} tokens", lambda split=split: _check_split(directory, split)  # type: ignore[misc]
+        yield f"{split} tokens", lambda split=split: _check_split(directory, split, damaged)  # type: ignore[misc]
 
 
-def _check_file(path: Path, record: Any) -> str:
-    verify_file(path, record)
-    return f"{record.size:,} bytes"
+def _check_manifest(directory: Path) -> str:
+    try:
+        return count(len(read_manifest(directory)[1]), "file")
+    except StorageError as error:
+        raise _without_path(error, directory / MANIFEST) from None
 
 
-def _check_split(directory: Path, name: str) -> str:
+def _check_file(path: Path, record: Any, damaged: list[str]) -> str:
+    """Compare the hashes of a file; its name is added to `damaged` if they differ."""
+    try:
+        verify_file(path, record)
+    except (StorageError, OSError) as error:
+        damaged.append(path.name)
+        raise _without_path(error, path) from None
+    return count(record.size, "byte")
+
+
+def _without_path(error: StorageError | OSError, path: Path) -> StorageError:
+    """Return an error without the path that it begins with, where the line names that already."""
+    return StorageError(str(error).removeprefix(f"{path}: "))
+
+
+def _check_split(directory: Path, name: str, damaged: list[str]) -> str:
     """Read every id, which are compared with the vocabulary on the way, and the documents."""
+    if damaged:
+        raise _NotReadError(f"not read, because {damaged[0]} is damaged")
     split: TokenSplit = getattr(open_prepared(directory), name)
     for start in range(0, len(split), _IDS_AT_A_TIME):
         split.read(start, min(start + _IDS_AT_A_TIME, len(split)))
     if len(split):
         split.document_at(len(split) - 1)
-    return f"{len(split):,} ids in {split.num_documents:,} documents"
+    return f"{count(len(split), 'id')} in {count(split.num_documents, 'document')}"
 
 
 def _data_of(run: Path) -> Path | None:
