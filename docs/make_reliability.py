@@ -145,7 +145,6 @@ ROWS = [
             "test_interruptions.py::test_the_command_that_was_printed",
             "test_interruptions.py::test_a_second_signal_leaves_at_once",
             "test_cli.py::test_a_validation_that_a_signal_cut_off_is_made_up_for",
-            "test_cli.py::test_a_validation_that_a_signal_cut_off_still_ranks",
             "test_cli.py::test_a_terminal_that_is_closed_costs_nothing",
         ),
     ),

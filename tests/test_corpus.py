@@ -138,6 +138,32 @@ def test_a_source_without_text_is_refused_in_one_line(tree, files, name, message
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path: path.symlink_to(path),
+            "is a link that leads to itself; give the file itself",
+        ),
+        (lambda path: path.symlink_to("nowhere"), "is a link that leads nowhere; give the file"),
+        (os.mkfifo, "is a pipe or a device, not a file; write its text to a file"),
+        (lambda path: path.symlink_to(os.devnull), "is a pipe or a device, not a file"),
+    ],
+)
+def test_a_source_that_is_no_file_is_called_what_it_is(tmp_path, make, message):
+    make(tmp_path / "text.txt")
+    with pytest.raises(CorpusError, match=message) as caught:
+        find_documents(str(tmp_path / "text.txt"))
+    assert str(caught.value).isprintable()
+    assert "did you mean" not in str(caught.value)
+
+
+def test_one_file_is_counted_as_one(tree):
+    said = []
+    find_documents(tree({"a.txt": b"x"}), said.append)
+    assert ": 1 file in " in said[0]
+
+
 def test_a_file_that_vanishes_is_named(tree):
     source = tree({"a.txt": b"x"})
     (document,) = find_documents(source)
@@ -199,9 +225,3 @@ def test_nothing_here_imports_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_a_link_that_leads_nowhere_is_named(tmp_path):
-    (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(CorpusError, match="loop' is a link that leads nowhere; give the file"):
-        find_documents(str(tmp_path / "loop"), lambda text: None)

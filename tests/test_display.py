@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from truestep.observe.display import LiveDisplay, Pace, PlainDisplay, open_display
-from truestep.observe.text import format_duration, printable, printable_line
+from truestep.observe.text import count, format_duration, printable, printable_line
 
 HOSTILE = "\x1b[31mred\x1b[0m \x9b2J \u202eevil\u2066 \x00\x07\r [red]mark[/red] :smile: \u2028"
 
@@ -233,6 +233,11 @@ def test_printable_text_holds_nothing_a_terminal_obeys(text):
     assert len(printable_line(text).splitlines()) <= 1
     if text.isascii() and text.isprintable():
         assert shown == text
+
+
+def test_one_of_a_thing_has_no_plural():
+    counts = [count(number, "file") for number in (0, 1, 2, 1234)]
+    assert counts == ["0 files", "1 file", "2 files", "1,234 files"]
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_what_the_log_does_not_say_is_left_out():
     lines = format_inspection(make_inspection(make_window("ab"), **lost)).splitlines()
     assert lines[1:3] == [
         "loss 5.2500",
-        "1 window, 1 tokens trained on; losses are in nats per token",
+        "1 window, 1 token trained on; losses are in nats per token",
     ]
 
 
@@ -186,7 +186,9 @@ def test_many_windows_and_documents_are_thinned_openly_and_the_worst_stay():
 
 
 any_text = (
-    st.text() | st.just("wide " * 60) | st.text("ab漢字\u0301\t\n\x1b\u202e\u200b😀", max_size=200)
+    st.text()
+    | st.just("wide " * 60)
+    | st.text("ab漢字\u0301\t\n\x1b\u202e\u200b😀\u200d\ufe0f❤", max_size=200)
 )
 
 
@@ -222,6 +224,40 @@ def test_the_mark_stands_below_the_token(text, data):
     marked = columns[marks.index("^") : len(marks)]
     shown = {"\n": r"\n", "\t": r"\t", "漢": "漢漢"}.get(text[token], text[token])
     assert "".join(marked) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "token", "marks"),
+    [
+        ("ab👨‍👩‍👧cd", 7, "    ^"),  # three people, two joiners: one emoji of two columns
+        ("ab👨‍👩‍👧cd", 4, "  ^^"),
+        ("ab👨‍👩‍👧cd", 3, "  ^^"),
+        ("a👍🏽b", 3, "   ^"),
+        ("a👍🏽b", 2, " ^^"),
+        ("a❤\ufe0fb", 3, "   ^"),
+        ("ae\u0301b", 2, " ^"),
+        ("ae\u0301b", 3, "  ^"),
+    ],
+)
+def test_the_mark_counts_what_is_drawn_as_one_as_one(text, token, marks):
+    losses = [9.0 if i == token else 1.0 for i in range(1, len(text))]
+    lines = format_inspection(make_inspection(make_window(text, losses)), max_tokens=1).splitlines()
+    assert lines[-2:] == [f"{'':10}{text}", f"{'':10}{marks}"]
+
+
+@pytest.mark.parametrize("shift", range(8))
+def test_no_emoji_is_cut_apart_where_the_line_is(shift):
+    family = "👨‍👩‍👧"
+    part = f"{family}漢漢漢" * 10
+    text = f"{part}{'.' * shift}x{'.' * shift}{part}"
+    losses = [9.0 if char == "x" else 1.0 for char in text[1:]]
+    lines = format_inspection(make_inspection(make_window(text, losses)), max_tokens=1).splitlines()
+    before, after = lines[-2][10:].split("x")
+    for side in (before, after):
+        assert len(side) < len(part)
+        assert set(side.replace(family, "")) <= {"漢", "."}
+    columns = 2 * before.count(family) + 2 * before.count("漢") + shift
+    assert lines[-1] == f"{'':{10 + columns}}^"
 
 
 class Spans(Page):
@@ -332,18 +368,51 @@ def test_losses_that_are_not_finite_have_a_colour_of_their_own(tmp_path):
     spans = page_of(tmp_path, make_inspection(window, loss=math.nan, grad_norm=math.inf)).spans
     assert [attributes["class"] for attributes, _ in spans] == ["context", "cx", "cx", "c2"]
     assert spans[1][0]["title"] == "nan nats, p nan"
-    path = tmp_path / "page.html"
-    fine = make_window("abcd", [1.0, 1.0, 1.0], 2)
-    for windows, words, legend in [
-        ((window, fine), "1.000 to 1.000 nats · 1 of 2 windows not finite", True),
-        ((window,), "1 of 1 window not finite", True),
-        ((fine,), "1.000 to 1.000 nats<", False),
-    ]:
-        text = write_inspection_page(make_inspection(*windows), path).read_text()
-        assert words in text
-        assert ('<span class="cx">not<br>finite</span>' in text) == legend
-        assert "nan to" not in text
     assert spans[2][0]["title"] == "inf nats, p 0"
+
+
+def test_losses_that_are_not_finite_are_counted_and_have_no_bar(tmp_path):
+    good, better = make_window("abcd", [3, 2, 1], 0), make_window("abcd", [1, 1, 1], 1)
+    broken = make_window("abcd", [math.nan, math.inf, 1], 2)
+    padded = make_window("abcd", row=3, padding=3)
+    page = page_of(tmp_path, make_inspection(good, broken, better, padded))
+    assert "2.000 to 1.000 nats · losses that are not finite: 2 of 9" in page.text
+    bars = [value for name, value in page.attributes if name == "style"]
+    assert bars == ["height:100%", "height:50%"]
+    page = page_of(tmp_path, make_inspection(broken))
+    assert "\nlosses that are not finite: 2 of 3\n" in page.text
+    assert not [value for name, value in page.attributes if name == "style"]
+
+
+def test_the_legend_has_the_colour_of_losses_that_are_not_finite_only_if_there_are_any(tmp_path):
+    finite, broken = make_window("abc", [1, 2]), make_window("abc", [1, math.nan])
+    assert ("class", "cx") not in page_of(tmp_path, make_inspection(finite)).attributes
+    page = page_of(tmp_path, make_inspection(broken))
+    assert "\nnot\nfinite\n" in page.text
+    padded = make_window("abcd", row=3, padding=1)  # the loss of padding is not a number, either
+    assert "finite" not in page_of(tmp_path, make_inspection(padded)).text
+
+
+def test_a_character_with_a_loss_that_is_not_a_number_has_the_colour_of_that(tmp_path):
+    window = make_window(["a", "", "é", "", "", "€"], [2, math.nan, 1, math.nan, 1])
+    spans = page_of(tmp_path, make_inspection(window)).spans
+    assert [attributes["class"] for attributes, _ in spans] == ["context", "cx", "cx"]
+
+
+def test_windows_left_out_are_not_said_to_have_no_more_than_nan(tmp_path):
+    windows = [make_window("x" * 20_000, np.full(19_999, math.nan), row) for row in range(3)]
+    assert "; 1 of 3\n" in page_of(tmp_path, make_inspection(*windows)).text
+
+
+def test_short_lines_stand_one_behind_the_other_and_others_below(tmp_path):
+    short = make_window("a\nb\n\n(\n)\n", row=0)
+    narrow = make_window("x = 1\n" * 9, row=1)
+    code = make_window("def f(value):\n    return value + 1\n" * 9, row=2)
+    one = make_window("abc", row=3)
+    page = page_of(tmp_path, make_inspection(short, narrow, code, one))
+    text = (tmp_path / "inspection.html").read_text(encoding="utf-8")
+    assert re.findall("<pre[^>]*>", text) == ['<pre class="short">'] * 2 + ["<pre>"] * 2
+    assert page.pre[0].translate(MARKS) == "a\nb\n\n(\n)\n"  # as it is copied
 
 
 def test_what_the_eye_would_miss_has_a_mark(tmp_path):

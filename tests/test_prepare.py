@@ -130,7 +130,7 @@ def test_a_named_validation_text_is_used_and_kept_out_of_training(tree, tmp_path
     prepared, said = run(source, tmp_path / "out", validation=f"{source}/held")
     assert texts_of(prepared.train) == ["one\n", "two\n"]
     assert texts_of(prepared.validation) == ["three\n"]
-    assert "left out 1 file" in said
+    assert "left out 1 file found in" in said
     with pytest.raises(CorpusError, match=r"validation=.* has all the text of source="):
         run(source, tmp_path / "all", validation=source)
     with pytest.raises(CorpusError, match="validation: 'nowhere' is neither"):
@@ -308,8 +308,11 @@ def test_files_that_are_no_text_are_skipped_and_counted_unless_named(tree, tmp_p
     (Path(source) / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     prepared, said = run(source, tmp_path / "out")
     assert len(texts_of(prepared.train) + texts_of(prepared.validation)) == 30
-    assert "skipped 2 files of no UTF-8 text" in said
+    assert "skipped 2 files, not UTF-8 text" in said
     assert "bad.txt': byte 2 is not UTF-8 text" in said
+    (Path(source) / "nul.c").unlink()
+    assert "skipped 1 file, not UTF-8 text" in run(source, tmp_path / "again")[1]
+    (Path(source) / "nul.c").write_bytes(b"a\0b")
     for name, message in [
         ("bad.txt", "source: .*byte 2 is not UTF-8"),
         ("nul.c", "source: .*byte 1 is NUL"),

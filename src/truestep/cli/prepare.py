@@ -28,10 +28,11 @@ def prepare(
     from truestep.cli.options import say
     from truestep.data.prepare import prepare as prepare_data
     from truestep.data.tokenizer import load_tokenizer
+    from truestep.observe.text import count
     from truestep.shell import command
 
     data = prepare_data(
         source, out, tokenizer=load_tokenizer("bytes"), validation=validation, say=say
     )
-    say(f"{len(data.train):,} tokens to train on, {len(data.validation):,} to validate on")
+    say(f"{count(len(data.train), 'token')} to train on, {len(data.validation):,} to validate on")
     say(f"written to {out}; train with: {command('train', '--data', out)}")

@@ -7,6 +7,7 @@ dropped.
 import ast
 import codecs
 import difflib
+import errno
 import importlib.util
 import os
 import sysconfig
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from truestep.observe.text import count
 
 BUILT_IN = ("stdlib", "torch-src", "docstrings")
 
@@ -154,11 +157,9 @@ def find_documents(source: str, say: Say = lambda _: None) -> list[Document]:
         return [Document(Path(source).name, Path(source))]
     if os.path.isdir(source):
         return _documents_below(source, {"": Path(source)}, _TEXT_SUFFIXES, frozenset(), say)
-    if os.path.islink(source) and not os.path.exists(source):
-        raise CorpusError(f"{source!r} is a link that leads nowhere; give the file itself")
-    if os.path.exists(source):
-        raise CorpusError(f"{source!r} is a pipe or a device; write its text to a file first")
     if source not in BUILT_IN:
+        if os.path.lexists(source):
+            raise CorpusError(f"{source!r} {_oddity(source)}")
         raise CorpusError(
             f"{source!r} is neither a file, a directory nor one of "
             f"{', '.join(BUILT_IN)}{_nearest(source)}"
@@ -202,12 +203,12 @@ def _documents_below(
                     skipped[suffix or "no suffix"] += 1
                 else:
                     documents.append(Document(prefix + path.relative_to(root).as_posix(), path))
-    kinds = ", ".join(f"{count} {kind!r}" for kind, count in skipped.most_common(4))
+    kinds = ", ".join(f"{number} {kind!r}" for kind, number in skipped.most_common(4))
     others = f"; skipped {skipped.total()} of other kinds: {kinds}" if skipped else ""
     places = " and ".join(repr(str(root)) for root in roots.values())
     if not documents:
         raise CorpusError(f"{source!r} has no text files in {places}{others}")
-    say(f"{source}: {len(documents)} files in {places}{others}")
+    say(f"{source}: {count(len(documents), 'file')} in {places}{others}")
     return sorted(documents, key=lambda document: document.name)
 
 
@@ -221,6 +222,19 @@ def _torch() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise CorpusError("torch is not installed, so there is no source of it; use stdlib")
     return Path(spec.submodule_search_locations[0])
+
+
+def _oddity(source: str) -> str:
+    """Return what a path is that is there, but neither a file nor a directory, and the remedy."""
+    try:
+        os.stat(source)
+    except FileNotFoundError:
+        return "is a link that leads nowhere; give the file itself"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a link that leads to itself; give the file itself"
+        return f"cannot be read: {error.strerror}"
+    return "is a pipe or a device, not a file; write its text to a file and give that"
 
 
 def _nearest(source: str) -> str:

@@ -200,8 +200,7 @@ def _hash_all(field: str, source: str, say: Say) -> list[_Hashed]:
         reason = problems[0] if problems else f"{source!r} has no text in it"
         raise CorpusError(f"{field}: {reason}")
     if problems:
-        skipped = count(len(problems), "file")
-        say(f"{source}: skipped {skipped} of no UTF-8 text: {problems[0]}")
+        say(f"{source}: skipped {count(len(problems), 'file')}, not UTF-8 text: {problems[0]}")
     return hashed
 
 
@@ -222,7 +221,7 @@ def _split(source: str, documents: list[_Hashed], say: Say) -> tuple[list[_Hashe
         share = sum(member.num_bytes for member in held_out) / total
         if _LEAST_SHARE <= share <= _MOST_SHARE:
             files = count(len(documents), "file")
-            say(f"validation: {len(held_out)} of {files}, {share:.1%} of the text")
+            say(f"validation: {len(held_out):,} of {files}, {share:.1%} of the text")
             return [member for member in documents if member.sha256 not in chosen], held_out
     return _cut_tails(source, documents, say)
 
@@ -288,7 +287,7 @@ def _write(
             }
         )
     say(
-        f"wrote {records['train'].num_tokens:,} tokens to train on and "
+        f"wrote {count(records['train'].num_tokens, 'token')} to train on and "
         f"{records['validation'].num_tokens:,} to validate on to {os.fspath(target)!r}"
     )
     return open_prepared(target, tokenizer)

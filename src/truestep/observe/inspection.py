@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from truestep.observe.text import printable_line
+from truestep.observe.text import count, printable_line
 
 COLUMNS = 100  # a line of text is no wider
 _MAX_DOCUMENTS = 4  # of one window, in the text
@@ -98,6 +98,12 @@ class Inspection:
         """How many tokens were trained on."""
         return sum(int(window.is_target.sum()) for window in self.windows)
 
+    @property
+    def num_not_finite(self) -> int:
+        """How many of them have a loss that is not finite."""
+        losses = (window.losses[window.is_target] for window in self.windows)
+        return sum(int(np.count_nonzero(~np.isfinite(part))) for part in losses)
+
 
 class WorstToken(NamedTuple):
     """A target that was hard to predict; `token` is its index in the pieces of its window."""
@@ -181,11 +187,9 @@ def _header(inspection: Inspection) -> Iterator[str]:
     text = f"step {inspection.step} of "
     yield text + _fit_end(printable_line(inspection.run), COLUMNS - len(text))
     yield ", ".join(numbers)
-    count = len(inspection.windows)
-    yield (
-        f"{count:,} window{'s' * (count != 1)}, {inspection.num_targets:,} tokens trained on; "
-        "losses are in nats per token"
-    )
+    windows = count(len(inspection.windows), "window")
+    tokens = count(inspection.num_targets, "token")
+    yield f"{windows}, {tokens} trained on; losses are in nats per token"
 
 
 def _heading(what: str, shown: int, total: int) -> str:
@@ -203,7 +207,7 @@ def _window_lines(window: InspectedWindow) -> Iterator[str]:
         name = _fit_end(printable_line(document.name), COLUMNS - 2 * _INDENT - len(place))
         yield f"{'':{_INDENT}}{number:>8}  {name}{place}"
     if more > 0:
-        yield f"{'':{2 * _INDENT}}and {more:,} more documents with lower losses"
+        yield f"{'':{2 * _INDENT}}and {count(more, 'more document')} with lower losses"
 
 
 def _token_lines(worst: WorstToken) -> Iterator[str]:
@@ -215,10 +219,14 @@ def _token_lines(worst: WorstToken) -> Iterator[str]:
     name = _fit_end(printable_line(name), COLUMNS - len(left) - len(right))
     yield f"{left}{name}{right}"
     start, stop = glyph_at(window, token)
-    middle = _fit_start(_shown(window, start, stop), 30)
+    before, middle, after = _whole_graphemes(
+        _shown(window, max(start - COLUMNS, 0), start).lstrip("\u200d"),  # joins nothing
+        _shown(window, start, stop),
+        _shown(window, stop, stop + COLUMNS),
+    )
+    middle = _fit_start(middle, 30)
     room = (COLUMNS - _INDENT - _columns(middle)) // 2
-    before = _fit_end(_shown(window, max(start - room, 0), start), room, "")
-    after = _fit_start(_shown(window, stop, stop + room), room, "")
+    before, after = _fit_end(before, room, ""), _fit_start(after, room, "")
     yield f"{'':{_INDENT}}{before}{middle}{after}"
     yield f"{'':{_INDENT}}{'':{_columns(before)}}{'^' * max(_columns(middle), 1)}"
 
@@ -229,6 +237,17 @@ def _shown(window: InspectedWindow, start: int, stop: int) -> str:
         _END if token in window.ends else printable_line(window.pieces[token])
         for token in range(start, min(stop, window.stop))
     )
+
+
+def _whole_graphemes(before: str, middle: str, after: str) -> tuple[str, str, str]:
+    """Move the bounds of `middle` outward, so that joined emoji and accents are not divided."""
+    text, start, stop = before + middle + after, len(before), len(before) + len(middle)
+    for first, end, _ in _graphemes(text):
+        if first < start < end:
+            start = first
+        if first < stop < end:
+            stop = end
+    return text[:start], text[start:stop], text[stop:]
 
 
 def _mean(losses: Float[np.ndarray, "N"]) -> float:
@@ -246,20 +265,33 @@ def _fit_end(text: str, columns: int, mark: str = "...") -> str:
     """Return a text that has room in some columns, without its beginning if need be."""
     if _columns(text) <= columns:
         return text
-    text = text[-columns:]
-    while text and _columns(mark + text) > columns:
-        text = text[1:]
-    return mark + text
+    room, cut = columns - _columns(mark), len(text)
+    for start, _, width in reversed(_graphemes(text)):
+        room -= width
+        if room < 0:
+            break
+        cut = start
+    return mark + text[cut:]
 
 
 def _fit_start(text: str, columns: int, mark: str = "...") -> str:
     """Return a text that has room in some columns, without its end if need be."""
     if _columns(text) <= columns:
         return text
-    text = text[:columns]
-    while text and _columns(text + mark) > columns:
-        text = text[:-1]
-    return text + mark
+    room, cut = columns - _columns(mark), 0
+    for _, stop, width in _graphemes(text):
+        room -= width
+        if room < 0:
+            break
+        cut = stop
+    return text[:cut] + mark
+
+
+def _graphemes(text: str) -> list[tuple[int, int, int]]:
+    """Return the bounds and the columns of all that is drawn as one: a letter, joined emoji."""
+    from rich.cells import split_graphemes
+
+    return split_graphemes(text)[0]
 
 
 def _columns(text: str) -> int:

@@ -16,12 +16,12 @@ from truestep.observe.inspection import (
     worst_tokens,
 )
 from truestep.observe.markup import block, facts_list, line, write_page
-from truestep.observe.text import count
 
 MAX_TOKENS = 32_768  # about 3 MB of page
 _MAX_BARS = 512
 _MAX_WORST = 12
 _CONTEXT = 40  # tokens on either side of a worst one
+_SHORT_LINE = 12  # characters; where lines are shorter, they stand one behind the other
 _NOTHING = "<i>∅</i>"
 
 # Nats at which the next colour begins: about even steps for the eye, from "expected" (p > 0.6) to
@@ -57,7 +57,7 @@ a {{ color: var(--blue); }}
 code {{ font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
 .bars {{ display: flex; align-items: flex-end; gap: 2px; height: 90px; margin-bottom: 6px; }}
 .bars > * {{ flex: 1 1 0; min-width: 1px; max-width: 28px; min-height: 2px; }}
-.bars a:not(.cx) {{ background: var(--blue); }}
+.bars a {{ background: var(--blue); }}
 .bars a:hover {{ background: var(--orange); }}
 .bars span {{ background: var(--faint); opacity: 0.45; }}
 .scroll {{ overflow-x: auto; }}
@@ -75,6 +75,7 @@ code {{ font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 section {{ margin-top: 28px; scroll-margin-top: 64px; }}
 section h3 {{ font-size: 16px; margin: 0; }}
 section pre {{ max-height: none; }}
+.short i {{ white-space: normal; }}
 section ul {{ list-style: none; margin: 0 0 8px; padding: 0; overflow-wrap: anywhere; }}
 small {{ color: var(--faint); font-size: 13px; font-variant-numeric: tabular-nums; }}
 section pre, .scroll code {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
@@ -83,11 +84,18 @@ pre span:target {{ outline: 2px solid var(--blue); outline-offset: 2px; }}
 pre b {{ display: block; margin-top: 6px; color: var(--faint); }}
 i {{ font-style: normal; opacity: 0.5; }}
 .context {{ color: var(--faint); }}
-@media (max-width: 600px) {{
-  .scroll th {{ display: none; }}
-  .scroll td {{ display: inline-block; border: 0; }}
-  .scroll td:has(code), .scroll .text {{ display: block; }}
-  .scroll tr {{ display: block; padding: 8px 0; border-bottom: 1px solid var(--line); }}
+@media (max-width: 640px) {{
+  .scroll table, .scroll tbody {{ display: block; }}
+  .scroll tr {{
+    display: grid; grid-template-columns: 5em 1fr; padding: 6px 0;
+    border-top: 1px solid var(--line);
+  }}
+  .scroll th, .scroll td {{ padding: 0 12px 0 0; border: 0; min-width: 0; text-align: left; }}
+  .scroll td:nth-child(n + 3) {{ grid-column: 1 / -1; padding-right: 0; }}
+  .scroll th:nth-child(n + 3) {{ display: none; }}
+  .legend > :last-child {{ flex-wrap: wrap; }}
+  .legend span {{ flex-basis: 20%; }}
+  section {{ scroll-margin-top: 104px; }}
 }}
 @media print {{ * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
 """
@@ -104,10 +112,10 @@ def write_inspection_page(inspection: Inspection, path: Path) -> Path:
     marked = {_anchor(token) for token in worst}
     sections = [
         _head(inspection),
-        _bars(windows, len(shown)),
+        _bars(windows, len(shown), inspection),
         _worst_table(worst, shown),
         f'<h2>Windows <span class="note">worst first{_left_out(windows, len(shown))}</span></h2>',
-        _legend(finite=all(math.isfinite(window.mean_loss) for window in shown)),
+        _legend(inspection.num_not_finite),
         *(_window(window, marked) for window in shown),
     ]
     title = f"step {inspection.step} · {line(inspection.run)}"
@@ -139,28 +147,32 @@ def _head(inspection: Inspection) -> str:
     )
 
 
-def _bars(windows: list[InspectedWindow], num_shown: int) -> str:
-    """Return the mean loss of each window as a bar that leads to it: whether one stands out."""
-    losses = [w.mean_loss for w in windows if math.isfinite(w.mean_loss)]
-    top = max(losses, default=0.0)
-    bars = []
-    for index, window in enumerate(windows[:_MAX_BARS]):
-        loss = window.mean_loss
-        height = 100 * loss / top if top and math.isfinite(loss) else 100
-        strange = "" if math.isfinite(loss) else 'class="cx" '
-        label = f'{strange}style="height:{height:.0f}%" title="row {window.row}: {loss:.3f} nats"'
+def _bars(windows: list[InspectedWindow], num_shown: int, inspection: Inspection) -> str:
+    """Return the mean loss of each window as a bar that leads to it: whether one stands out.
+
+    A mean that is not finite has none.
+    """
+    finite = [(i, w) for i, w in enumerate(windows) if math.isfinite(w.mean_loss)]
+    bars, notes = [], []
+    top = finite[0][1].mean_loss if finite else 0.0
+    for index, window in finite[:_MAX_BARS]:
+        height = 100 * window.mean_loss / top if top else 100
+        label = (
+            f'style="height:{height:.0f}%" title="row {window.row}: {window.mean_loss:.3f} nats"'
+        )
         is_shown = index < num_shown
         bars.append(
             f'<a href="#w{window.row}" {label}></a>' if is_shown else f"<span {label}></span>"
         )
-    spread = [f"{max(losses):.3f} to {min(losses):.3f} nats"] if losses else []
-    if bad := len(windows) - len(losses):
-        spread.append(f"{bad:,} of {count(len(windows), 'window')} not finite")
-    more = f", the worst {_MAX_BARS:,} of {len(windows):,}" if len(windows) > _MAX_BARS else ""
+    if finite:
+        notes.append(f"{top:.3f} to {finite[-1][1].mean_loss:.3f} nats")
+    if broken := inspection.num_not_finite:
+        notes.append(f"losses that are not finite: {broken:,} of {inspection.num_targets:,}")
+    more = f", the worst {_MAX_BARS:,} of {len(finite):,}" if len(finite) > _MAX_BARS else ""
     return (
         f'<h2>Mean loss of each window <span class="note">worst first{more}</span></h2>'
-        f'<div class="bars">{"".join(bars)}</div>'
-        f'<div class="note">{" · ".join(spread)}</div>'
+        + (f'<div class="bars">{"".join(bars)}</div>' if bars else "")
+        + f'<div class="note">{" · ".join(notes)}</div>'
     )
 
 
@@ -194,20 +206,19 @@ def _worst_row(worst: WorstToken, is_shown: bool) -> str:
 def _left_out(windows: list[InspectedWindow], num_shown: int) -> str:
     if num_shown == len(windows):
         return ""
-    return (
-        f"; {num_shown:,} of {len(windows):,}, the others have a mean loss of "
-        f"{windows[num_shown].mean_loss:.3f} or less"
-    )
+    most = windows[num_shown].mean_loss
+    rest = f", the others have a mean loss of {most:.3f} or less" if math.isfinite(most) else ""
+    return f"; {num_shown:,} of {len(windows):,}{rest}"
 
 
-def _legend(*, finite: bool) -> str:
+def _legend(num_not_finite: int) -> str:
     """Return the colours, each with the loss and the probability at which it begins."""
-    strange = "" if finite else '<span class="cx">not<br>finite</span>'
     colours = "".join(
         f'<span class="c{index}">{edge:g}<br>{format_probability(edge)}</span>'
         for index, edge in enumerate((0.0, *_EDGES))
     )
-    colours += strange
+    if num_not_finite:
+        colours += '<span class="cx">not<br>finite</span>'
     return f'<div class="legend"><div>nats from<br>probability</div><div>{colours}</div></div>'
 
 
@@ -220,12 +231,14 @@ def _window(window: InspectedWindow, marked: set[str]) -> str:
         for document, loss in window.document_losses()
     )
     total = len(window.losses)
+    shown = "".join(window.pieces[: window.stop])
+    kind = ' class="short"' if len(shown) < _SHORT_LINE * shown.count("\n") else ""
     cut = f", the first {MAX_TOKENS:,} of its {total:,} tokens" if total > MAX_TOKENS else ""
     return (
         f'<section id="w{window.row}"><h3>{window.mean_loss:.3f} nats <span class="note">row '
         f"{window.row}, window {window.window:,} of the text{cut}</span></h3>"
         f"<ul>{documents}</ul>"
-        f"<pre>{''.join(_tokens(window, marked))}</pre></section>"
+        f"<pre{kind}>{''.join(_tokens(window, marked))}</pre></section>"
     )
 
 
@@ -252,7 +265,8 @@ def _span(window: InspectedWindow, start: int, stop: int, marked: set[str]) -> s
     name = f' id="{anchor}"' if anchor in marked else ""
     terms = " + ".join(f"{loss:.2f}" for loss in losses)
     title = f"{terms} nats, p {format_probability(sum(losses))}"
-    return f'<span{name} class="{_colour(max(losses))}" title="{title}">{text}</span>'
+    worst = next((loss for loss in losses if math.isnan(loss)), max(losses))
+    return f'<span{name} class="{_colour(worst)}" title="{title}">{text}</span>'
 
 
 def _anchor(worst: WorstToken) -> str:
@@ -266,9 +280,9 @@ def _colour(loss: float) -> str:
 def _text(window: InspectedWindow, start: int, stop: int) -> str:
     """Return as HTML what some tokens show, with a mark at each newline and tab."""
     return "".join(
-        "<i>end of document</i>\n"
+        "<i>end of document\n</i>"
         if token in window.ends
-        else block(window.pieces[token]).replace("\n", "<i>↵</i>\n").replace("\t", "<i>→</i>\t")
+        else block(window.pieces[token]).replace("\n", "<i>↵\n</i>").replace("\t", "<i>→</i>\t")
         for token in range(start, stop)
     )
 

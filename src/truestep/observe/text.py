@@ -26,6 +26,11 @@ def encodable(text: str, encoding: str | None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number of things whose plural ends in s: `1 file`, `1,234 files`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def format_duration(seconds: float) -> str:
     """Return seconds as `3:05`, `1:02:03` or `2d 01:02:03`; unknown or endless ones as a dash."""
     if not math.isfinite(seconds):
@@ -38,15 +43,10 @@ def format_duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(num_bytes: int) -> str:
     """Return a number of bytes in mebibytes: `1,234 MiB`, `0.5 MiB`."""
-    mebibytes = count / 2**20
+    mebibytes = num_bytes / 2**20
     return f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:,.1f} MiB"
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things: `1 file`, `1,234 files`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_tick(value: float) -> str:

@@ -12,6 +12,7 @@ from truestep.data.loader import Tokens, evaluation_batches
 from truestep.data.prepare import readable_documents
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import dtype_of, is_prepared, open_prepared
+from truestep.observe.text import count
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.workflows.build import open_data, require_same_text
 from truestep.workflows.run import load_trained
@@ -68,7 +69,7 @@ def evaluate_run(
         token_bytes=torch.from_numpy(tokenizer.token_bytes),
     )
     perplexity = math.exp(min(result.loss, 700.0))
-    say(f"{directory} at step {trained.step} on {name} ({result.num_tokens:,} tokens):")
+    say(f"{directory} at step {trained.step} on {name} ({count(result.num_tokens, 'token')}):")
     say(f"  loss {result.loss:.4f} nats a token, perplexity {perplexity:.3f}")
     if result.bits_per_byte is not None:
         say(f"  {result.bits_per_byte:.4f} bits per byte")
