@@ -196,7 +196,9 @@ MUTANTS = [
         "workflows/train.py",
         "            session.catch_up()\n",
         "",
-        ("test_cli.py::test_a_validation_that_a_signal_cut_off_is_made_up_for",),
+        (
+            "test_cli.py::test_a_validation_that_a_signal_cut_off_is_made_up_for_and_ranks_its_checkpoint",
+        ),
     ),
     Mutant(
         "the state is not copied before training goes on",
