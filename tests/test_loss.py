@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import truestep.loss as loss_module
 from truestep import IGNORE_INDEX, DeferredLogits, compute_loss
 
 
@@ -126,22 +128,169 @@ def test_num_tokens_as_number_or_tensor_divides_the_sum():
     assert torch.equal(compute_loss(logits, targets, num_tokens=torch.tensor(7)), total / 7)
 
 
-@pytest.mark.parametrize("rows", [3, 1024, 2500])
-def test_deferred_logits_agree_with_plain_logits_in_value_and_gradient(rows):
+# -- Deferred logits -------------------------------------------------------------------------------
+
+
+def deferred_case(rows, *, dtype=torch.float64, vocab=31, width=6):
     generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(1, rows, 6, generator=generator, dtype=torch.float64)
-    weight = torch.randn(31, 6, generator=generator, dtype=torch.float64)
-    targets = torch.randint(31, (1, rows), generator=generator)
+    hidden = torch.randn(1, rows, width, generator=generator, dtype=dtype)
+    weight = torch.randn(
+        vocab, width, generator=generator, dtype=torch.promote_types(dtype, torch.float32)
+    )
+    targets = torch.randint(vocab, (1, rows), generator=generator)
     targets[0, ::3] = IGNORE_INDEX
-    results = []
-    for deferred in (True, False):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logits = DeferredLogits(h, w) if deferred else h @ w.T
-        loss = compute_loss(logits, targets)
-        loss.backward()
-        results.append((loss.detach(), h.grad, w.grad))
-    for chunked, plain in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, plain, rtol=1e-12, atol=1e-14)
+    return hidden, weight, targets
+
+
+def loss_and_gradients(form, hidden, weight, targets, compute=compute_loss):
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = compute(form(h, w), targets)
+    loss.backward()
+    return loss.detach(), h.grad, w.grad
+
+
+def plain(hidden, weight):
+    return hidden @ weight.to(hidden.dtype).T
+
+
+@pytest.mark.parametrize(
+    ("rows", "logits_at_a_time"), [(3, 1), (3, 2**25), (1024, 31 * 700), (2500, 31 * 700)]
+)
+def test_deferred_logits_agree_with_plain_logits_in_value_and_gradient(
+    rows, logits_at_a_time, monkeypatch
+):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", logits_at_a_time)
+    case = deferred_case(rows)
+    results = [loss_and_gradients(form, *case) for form in (DeferredLogits, plain)]
+    for chunked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_deferred_logits_in_bfloat16_are_as_near_to_float64_as_plain_ones(backend, monkeypatch):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 512 * 200)
+    hidden, weight, targets = deferred_case(600, dtype=torch.bfloat16, vocab=512, width=64)
+    weight = weight.bfloat16().float()  # exact in both, so that only the computation differs
+    exact = loss_and_gradients(plain, hidden.double(), weight.double(), targets)
+
+    def errors(form, compute):
+        found = loss_and_gradients(form, hidden, weight, targets, compute)
+        assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, torch.float32]
+        return [
+            float((mine.double() - true).norm() / true.norm())
+            for mine, true in zip(found, exact, strict=True)
+        ]
+
+    compute = (
+        compute_loss
+        if backend is None
+        else torch.compile(compute_loss, fullgraph=True, dynamic=False, backend=backend)
+    )
+    deferred, whole = errors(DeferredLogits, compute), errors(plain, compute_loss)
+    assert deferred[0] <= 1e-4  # the logits are rounded to bfloat16, the loss of them is not
+    assert all(mine <= 1.25 * theirs for mine, theirs in zip(deferred[1:], whole[1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_gradients_of_confident_deferred_logits_in_bfloat16_do_not_cancel(backend):
+    """Each label has a probability of 0.999: the gradient is what is left of 1 minus that."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.zeros(1, 64, 64, dtype=torch.bfloat16)
+    hidden[0].fill_diagonal_(1.0)
+    weight = torch.randn(64, 64, generator=generator).bfloat16().float() / 64
+    weight.fill_diagonal_(12.0)
+    targets = torch.arange(64)[None]
+    exact = loss_and_gradients(plain, hidden.double(), weight.double(), targets)
+    assert 0.999 < float((-exact[0]).exp()) < 1
+    compute = (
+        compute_loss
+        if backend is None
+        else torch.compile(compute_loss, fullgraph=True, dynamic=False, backend=backend)
+    )
+    found = loss_and_gradients(DeferredLogits, hidden, weight, targets, compute)
+    for mine, true in zip(found[1:], exact[1:], strict=True):
+        assert float((mine.double() - true).norm() / true.norm()) < 6e-3  # two roundings
+
+
+def test_the_deferred_loss_is_that_of_the_rounded_logits():
+    hidden, weight, targets = deferred_case(600, dtype=torch.bfloat16, vocab=512, width=64)
+    logits = plain(hidden, weight)
+    for requires_grad in (True, False):
+        deferred = DeferredLogits(hidden.clone().requires_grad_(requires_grad), weight)
+        loss = float(compute_loss(deferred, targets).detach())
+        assert loss == pytest.approx(float(float64_loss(logits, targets)), rel=2e-6)
+
+
+def test_gradcheck_holds_for_deferred_logits():
+    hidden, weight, targets = deferred_case(5, vocab=7, width=3)
+    assert torch.autograd.gradcheck(
+        lambda h, w: compute_loss(DeferredLogits(h, w), targets),
+        (hidden.requires_grad_(), weight.requires_grad_()),
+    )
+
+
+def test_ignored_rows_of_deferred_logits_get_exactly_no_gradient():
+    hidden, weight, targets = deferred_case(40)
+    _, grad, _ = loss_and_gradients(DeferredLogits, hidden, weight, targets)
+    assert bool((grad[targets == IGNORE_INDEX] == 0).all())
+    assert bool((grad[targets != IGNORE_INDEX] != 0).all())
+    nothing = torch.full_like(targets, IGNORE_INDEX)
+    loss, *grads = loss_and_gradients(DeferredLogits, hidden, weight, nothing)
+    assert float(loss) == 0.0
+    assert all(bool((grad == 0).all()) for grad in grads)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_half_of_deferred_logits_may_be_frozen(frozen):
+    hidden, weight, targets = deferred_case(40)
+    _, hidden_grad, weight_grad = loss_and_gradients(plain, hidden, weight, targets)
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "weight")
+    compute_loss(DeferredLogits(hidden, weight), targets).backward()
+    for tensor, expected in ((hidden, hidden_grad), (weight, weight_grad)):
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, expected, rtol=1e-12, atol=1e-14)
+        else:
+            assert tensor.grad is None
+
+
+def test_huge_deferred_logits_are_finite_and_overflow_is_not_hidden():
+    weight = torch.tensor([[1e4], [0.0], [-1e4]])
+    targets = torch.tensor([[1, 2]])
+    loss, *grads = loss_and_gradients(DeferredLogits, torch.ones(1, 2, 1), weight, targets)
+    assert float(loss) == 1.5e4
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    loss, *_ = loss_and_gradients(DeferredLogits, torch.full((1, 2, 1), 1e38), weight, targets)
+    assert not loss.isfinite()
+
+
+def test_a_target_outside_the_vocabulary_of_deferred_logits_is_an_index_error():
+    hidden, weight, targets = deferred_case(4)
+    targets[0, 1] = 31
+    with pytest.raises(IndexError):
+        compute_loss(DeferredLogits(hidden.requires_grad_(), weight), targets)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most numbers that any one result has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_no_tensor_of_deferred_logits_grows_with_the_batch(monkeypatch):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 31 * 64)
+    largest = []
+    for rows in (256, 1024):
+        with LargestTensor() as watch:
+            loss_and_gradients(DeferredLogits, *deferred_case(rows, width=1))
+        largest.append(watch.numel)
+    assert largest == [31 * 64, 31 * 64]
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -182,6 +182,53 @@ def test_both_ways_to_attend_agree_with_a_float64_average(num_queries, num_keys,
     torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12)
 
 
+def exact_attention(q, k, v):
+    """Attention written out in float64, all queries at once, for as many heads of each."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.shape[3] ** 0.5
+    seen = torch.arange(num_keys) <= torch.arange(num_queries)[:, None] + num_keys - num_queries
+    return torch.einsum("bhts,bhsd->bhtd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "backend"),
+    [
+        *((64, 64, "eager"), (65, 65, "eager"), (200, 230, "eager")),
+        *((300, 300, "eager"), (300, 300, "inductor")),
+    ],
+)
+def test_attention_by_blocks_agrees_in_value_and_gradient(num_queries, num_keys, backend):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length):
+        return torch.randn(2, 3, length, 8, generator=generator).bfloat16()
+
+    inputs = [draw(num_queries), draw(num_keys), draw(num_keys)]
+    grad = draw(num_queries)
+    narrow = [tensor.clone().requires_grad_() for tensor in inputs]
+    wide = [tensor.double().requires_grad_() for tensor in inputs]
+    compute = torch.compile(attend, fullgraph=True, dynamic=False, backend=backend)
+    output, exact = compute(*narrow), exact_attention(*wide)
+    output.backward(grad)
+    exact.backward(grad.double())
+    found = [output.detach(), *(tensor.grad for tensor in narrow)]
+    for mine, true in zip(found, [exact.detach(), *(t.grad for t in wide)], strict=True):
+        assert mine.dtype == torch.bfloat16
+        error = float((mine.double() - true).norm() / true.norm())
+        assert error < 6e-3  # bfloat16 rounds to 4e-3 at most, and several roundings add up
+
+
+def test_a_block_of_queries_never_sees_a_later_key():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 300, 8, generator=generator).bfloat16()
+    output = attend(q, k, v)
+    for t in (1, 64, 75, 76, 150, 299):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, t:], v2[:, :, t:] = 7.0, -7.0
+        assert torch.equal(attend(q, k2, v2)[:, :, :t], output[:, :, :t])
+        assert not torch.equal(attend(q, k2, v2)[:, :, t], output[:, :, t])
+
+
 # -- Precision and compilation ---------------------------------------------------------------------
 
 
@@ -273,11 +320,12 @@ def test_deferred_and_plain_logits_agree_in_loss_and_gradients():
         torch.testing.assert_close(deferred, plain, rtol=1e-12, atol=1e-14)
 
 
-def test_deferred_logits_carry_the_compute_dtype():
+def test_deferred_logits_carry_the_compute_dtype_and_leave_the_parameter_its_own():
     model = build(vocab_size=DEFERRED_VOCAB_SIZE, num_layers=1).train()
     with torch.autocast("cpu", torch.bfloat16):
         hidden, weight = model(some_tokens(1, 2))
-    assert hidden.dtype == weight.dtype == torch.bfloat16
+    assert hidden.dtype == torch.bfloat16
+    assert weight is model.head.weight
 
 
 # -- Parameters ------------------------------------------------------------------------------------

@@ -1,17 +1,17 @@
 """The loss: next-token cross-entropy, exact in float32 and safe on every mask."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
-# Rows whose logits exist at one time: 1024 x 50304 in float32 is 196 MiB.
-_ROWS_PER_CHUNK = 1024
+# Logits that exist at one time: 128 MiB in float32.
+_LOGITS_PER_CHUNK = 2**25
 
 
 class DeferredLogits(NamedTuple):
@@ -49,7 +49,7 @@ def compute_loss(
     labels = targets.flatten().long()
     if isinstance(logits, DeferredLogits):
         hidden = logits.hidden.flatten(0, 1)
-        total = _chunked_sum(hidden, logits.weight.to(hidden.dtype), labels)
+        total = _linear_cross_entropy_sum(hidden, logits.weight, labels)
     else:
         total = _cross_entropy_sum(logits.flatten(0, 1), labels)
     if num_tokens is None:
@@ -71,9 +71,7 @@ def token_losses(
     if isinstance(logits, DeferredLogits):
         hidden = logits.hidden.flatten(0, 1)
         weight = logits.weight.to(hidden.dtype)
-        chunks = zip(
-            torch.split(hidden, _ROWS_PER_CHUNK), torch.split(labels, _ROWS_PER_CHUNK), strict=True
-        )
+        chunks = _chunks(hidden, labels, len(weight))
         losses = torch.cat([_cross_entropy(F.linear(rows, weight), part) for rows, part in chunks])
     else:
         losses = _cross_entropy(logits.flatten(0, 1), labels)
@@ -92,22 +90,88 @@ def _cross_entropy_sum(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -
     return _cross_entropy(logits, labels).sum()
 
 
-def _chunked_sum(
+def _chunks(
+    hidden: Float[Tensor, "N D"], labels: Int[Tensor, "N"], vocab_size: int
+) -> Iterator[tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]]:
+    """Cut rows and labels into parts whose logits are small enough to exist at one time."""
+    count = -(-len(hidden) * vocab_size // _LOGITS_PER_CHUNK)
+    return zip(hidden.chunk(count), labels.chunk(count), strict=True)
+
+
+def _linear_cross_entropy_sum(
     hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "N"]
-) -> Tensor:
-    """Multiply out and reduce a chunk of rows at a time; backward computes each chunk again."""
+) -> Float[Tensor, ""]:
+    """Sum the cross-entropy of `hidden @ weight.T`, computed in the dtype of `hidden`."""
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+        return total
+    parts = _chunks(hidden, labels, len(weight))
+    weight = weight.to(hidden.dtype)
+    return torch.stack(
+        [_cross_entropy_sum(F.linear(rows, weight), part) for rows, part in parts]
+    ).sum()
 
-    def chunk_sum(rows: Tensor, weight: Tensor, chunk_labels: Tensor) -> Tensor:
-        return _cross_entropy_sum(F.linear(rows, weight), chunk_labels)
 
-    chunks = zip(
-        torch.split(hidden, _ROWS_PER_CHUNK), torch.split(labels, _ROWS_PER_CHUNK), strict=True
-    )
-    sums = [
-        checkpoint(chunk_sum, rows, weight, part, use_reentrant=False, preserve_rng_state=False)
-        for rows, part in chunks
-    ]
-    return torch.stack(sums).sum()
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in forward, where a chunk's logits are: none is stored or made twice.
+
+    Head and loss of W2, compiled, on one Zen 4 core: 1.31 s when backward made them again, 1.02 s
+    with all logits at once, 0.90 s so.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Float[Tensor, "N D"],
+        weight: Float[Tensor, "V D"],
+        labels: Int[Tensor, "N"],
+    ) -> Float[Tensor, ""]:
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        product_weight = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        weight_grad = torch.zeros_like(weight, dtype=sum_dtype)
+        hidden_grads = []
+        for rows, part in _chunks(hidden, labels, len(weight)):
+            loss, hidden_grad, weight_grad_part = _chunk_with_gradients(rows, product_weight, part)
+            total = total + loss
+            hidden_grads.append(hidden_grad)
+            weight_grad = weight_grad + weight_grad_part.T
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, Tensor, None]:
+        (hidden_grad, weight_grad), (hidden_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        return (hidden_grad * grad).to(hidden_dtype), (weight_grad * grad).to(weight_dtype), None
+
+
+@torch.compiler.nested_compile_region  # compiled once, however many chunks there are
+def _chunk_with_gradients(
+    rows: Float[Tensor, "M D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "M"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "M D"], Float[Tensor, "D V"]]:
+    """Return the summed loss and both gradients.
+
+    Softmax minus one-hot enters the products unnormalised, which saves a pass over the logits: what
+    divides it belongs to a row.
+    """
+    sum_dtype = torch.promote_types(rows.dtype, torch.float32)
+    counts = labels != IGNORE_INDEX
+    label = torch.where(counts, labels, 0)
+    logits = F.linear(rows, weight)  # (M, V)
+    of_label = logits[torch.arange(len(label), device=label.device), label, None].to(sum_dtype)
+    top = logits.amax(1, keepdim=True).to(sum_dtype)
+    exps = (logits.to(sum_dtype) - top).exp()
+    normaliser = exps.sum(1, keepdim=True)
+    losses = torch.where(counts, (normaliser.log() + top - of_label)[:, 0], 0)
+    # Before rounding: what a likely label leaves of 1 is far less than bfloat16 resolves there.
+    at_label = (of_label - top).exp() - normaliser
+    exps = exps.to(rows.dtype).scatter(1, label[:, None], at_label.to(rows.dtype))
+    share = torch.where(counts[:, None], 1 / normaliser, 0)
+    hidden_grad = (exps @ weight).to(sum_dtype) * share
+    # This way round: 198 GFLOP/s, not 165, where V is no multiple of 64 (bfloat16, Zen 4).
+    weight_grad = (rows.to(sum_dtype) * share).to(rows.dtype).T @ exps
+    return losses.sum(), hidden_grad, weight_grad
 
 
 def _check(logits: Tensor | DeferredLogits, targets: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Causal attention: rotary positions, grouped queries, and a cache for writing."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from truestep.model.layers import Linear, RMSNorm
 
 # On a CPU in bfloat16, up to this many keys, plain products beat torch's fused attention. Forward
-# and backward on two Zen 4 cores (AVX512-BF16), batch x heads x context x head: 12x4x256x32 11 ms
-# against 24, 16x6x256x64 30 against 70, 4x6x1024x64 85 against 109, 2x6x2048x64 181 against 208;
-# a compiled step of 4 layers, width 128: 81 against 121. Cutting the queries into two or four
-# blocks, to skip keys they cannot see, brought such a step nothing.
+# and backward with its four projections on one Zen 4 core (AVX512-BF16), batch x heads x context x
+# head: 12x4x256x32 16 ms against 36, 16x6x256x64 103 against 158.
 _PLAIN_KEYS = 2048
+# They leave out keys that a block of queries cannot see: all at once they take 20 and 112 ms.
+_QUERY_BLOCKS, _MIN_BLOCK = 4, 64
 
 
 class KVCache:
@@ -113,11 +114,66 @@ def _attend_by_matmuls(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend with plain matrix products; torch's softmax of bfloat16 computes in float32."""
     groups = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    num_queries, num_keys = queries.shape[2], keys.shape[2]
-    future = queries.new_full((num_queries, num_keys), -math.inf).triu(num_keys - num_queries + 1)
     queries = queries / math.sqrt(queries.shape[3])
-    scores = queries @ keys.transpose(2, 3) + future  # (B, H, T, S)
-    return scores.softmax(dim=-1) @ values
+    output: Tensor = _BlockedAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Attends a block of queries at a time, each with only the keys that it sees.
+
+    Backward is written out because autograd's own, of so many slices, takes back what this saves:
+    20 ms as above.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Float[Tensor, "B H T D"],
+        keys: Float[Tensor, "B H S D"],
+        values: Float[Tensor, "B H S D"],
+    ) -> Float[Tensor, "B H T D"]:
+        before = keys.shape[2] - queries.shape[2]
+        size = max(_MIN_BLOCK, -(-queries.shape[2] // _QUERY_BLOCKS))
+        shares, outputs, start = [], [], 0
+        for block in torch.split(queries, size, dim=2):
+            end = start + block.shape[2]
+            seen = before + end  # by the last query of the block
+            future = block.new_full((end - start, seen), -math.inf).triu(before + start + 1)
+            scores = block @ keys[:, :, :seen].transpose(2, 3) + future  # (B, H, block, seen)
+            shares.append(scores.softmax(dim=-1))
+            outputs.append(shares[-1] @ values[:, :, :seen])
+            start = end
+        ctx.save_for_backward(queries, keys, values, *shares)
+        return torch.cat(outputs, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, "B H T D"]) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values, *shares = ctx.saved_tensors
+        sizes = [share.shape[2] for share in shares]
+        query_grads, key_grads, value_grads = [], [], []
+        for share, block, block_grad in zip(
+            shares, torch.split(queries, sizes, dim=2), torch.split(grad, sizes, dim=2), strict=True
+        ):
+            seen = share.shape[3]
+            share_grad = block_grad @ values[:, :, :seen].transpose(2, 3)
+            # As autograd calls it: one pass in float32, compiled or not.
+            score_grad = torch._softmax_backward_data(share_grad, share, -1, share.dtype)
+            query_grads.append(score_grad @ keys[:, :, :seen])
+            key_grads.append(score_grad.transpose(2, 3) @ block)
+            value_grads.append(share.transpose(2, 3) @ block_grad)
+        return torch.cat(query_grads, dim=2), _add_up(key_grads), _add_up(value_grads)
+
+
+def _add_up(parts: list[Tensor]) -> Tensor:
+    """Add gradients [B, H, seen, D] of ever more keys, in float32."""
+    sums, start = [], 0
+    for number, part in enumerate(parts):
+        end = part.shape[2]
+        wide = [each[:, :, start:end].float() for each in parts[number:]]
+        sums.append(functools.reduce(torch.add, wide).to(part.dtype))
+        start = end
+    return torch.cat(sums, dim=2)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from truestep.model.layers import Linear, RMSNorm, SwiGLU
 INIT_STD = 0.02  # Radford et al. 2019 (GPT-2); its residual projections by 1/sqrt(2 layers) less
 
 # From here on a training forward leaves the head to `compute_loss`: the float32 logits of 8192
-# tokens take 512 MiB at this size. Below, computing them a second time in backward saves little.
+# tokens take 512 MiB at this size.
 DEFERRED_VOCAB_SIZE = 16384
 
 
@@ -117,7 +117,7 @@ class GPT(nn.Module):
             if cache is not None:
                 cache.length = end
             if self.training and self.head.out_features >= DEFERRED_VOCAB_SIZE:
-                return DeferredLogits(x, self.head.weight.to(dtype))
+                return DeferredLogits(x, self.head.weight)
             logits: Tensor = self.head(x)
             return logits
 

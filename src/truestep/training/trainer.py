@@ -23,6 +23,7 @@ from truestep.training.forward import ForwardLoss
 from truestep.training.guard import BufferGuard, NonFiniteError, UpdateGuard
 from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
 from truestep.training.probe import ModelFacts, probe
+from truestep.training.readback import Readback
 from truestep.training.schedule import Schedule, resolve_decay_steps
 
 _NEVER = 2**62  # steps in a row: a single step halts nothing
@@ -33,11 +34,7 @@ class _Launched(NamedTuple):
 
     step: int
     batch: Batch
-    loss: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
-    halted: Tensor
-    num_tokens: Tensor
+    numbers: Readback
     learning_rate: float
 
 
@@ -107,12 +104,13 @@ class Trainer:
         batch without a target, change nothing; `metrics.skipped` says so.
         """
         self._clock = time.perf_counter()
-        return self._report(self._step(batch))
+        return self._report(self._step(batch))[0]
 
     def _step(self, batch: Any) -> _Launched:
         """Forward, loss, backward and update: the whole of training is here."""
         batch = self._checked(Batch.of(batch))
-        num_tokens = batch.num_targets.to(self.device)  # of the whole global batch
+        # Of the whole global batch; no step waits for the device here.
+        num_tokens = batch.num_targets.to(self.device, non_blocking=True)
         loss = torch.zeros((), device=self.device)
         self.mid_update = True
         buffers = self._buffers.copy()
@@ -132,9 +130,10 @@ class Trainer:
         self.step += 1
         self._steps_taken += 1
         self.mid_update = False
-        return _Launched(
-            self.step, batch, loss, grad_norm, skipped, halted, num_tokens, learning_rate
+        numbers = Readback(
+            loss=loss, grad_norm=grad_norm, num_tokens=num_tokens, skipped=skipped, halted=halted
         )
+        return _Launched(self.step, batch, numbers, learning_rate)
 
     def fit(self, data: StepData | Iterable[Any], num_steps: int | None = None) -> None:
         """Train up to step `num_steps` (default: the config's), calling the companions on the way.
@@ -170,9 +169,9 @@ class Trainer:
         finally:
             self._guard, self._stopping = UpdateGuard(_NEVER, 0, self.device), False
             for launched in in_flight:  # an exception came between: what was done is still logged
-                self._report(launched)
-                if launched.halted:
-                    self._rewind(launched.step - 1)
+                metrics, halted = self._report(launched)
+                if halted:
+                    self._rewind(metrics.step - 1)
                     break
 
     def stop(self, reason: str) -> None:
@@ -285,23 +284,24 @@ class Trainer:
 
     # What a step tells.
 
-    def _report(self, launched: _Launched) -> StepMetrics:
-        """Read the step's numbers from the device and log them."""
+    def _report(self, launched: _Launched) -> tuple[StepMetrics, bool]:
+        """Read the step's numbers from the device and log them; return whether it halts, too."""
+        numbers = launched.numbers.read()
         metrics = StepMetrics(
             step=launched.step,
-            loss=launched.loss.item(),
-            grad_norm=launched.grad_norm.item(),
+            loss=numbers["loss"],
+            grad_norm=numbers["grad_norm"],
             learning_rate=launched.learning_rate,
-            num_tokens=int(launched.num_tokens),
+            num_tokens=int(numbers["num_tokens"]),
             step_seconds=time.perf_counter() - self._clock,
-            skipped=bool(launched.skipped),
+            skipped=bool(numbers["skipped"]),
             batch_hash=launched.batch.hash(),
         )
         if metrics.num_tokens:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         self.log(metrics.as_record())
         self._clock = time.perf_counter()
-        return metrics
+        return metrics, bool(numbers["halted"])
 
     def _rewind(self, step: int) -> None:
         """Go back to the last step that counted: those launched after it changed nothing."""
@@ -316,8 +316,8 @@ class Trainer:
 
     def _finish(self, launched: _Launched, end: int) -> None:
         """Log a step of `fit`, stop at a number that is not finite, and call its companions."""
-        metrics = self._report(launched)
-        if launched.halted:
+        metrics, halted = self._report(launched)
+        if halted:
             self._rewind(metrics.step - 1)
             raise NonFiniteError(metrics, launched.batch, self._diagnosed(launched.batch))
         for companion in self.companions:
