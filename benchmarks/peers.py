@@ -1,0 +1,146 @@
+"""Other trainers' own models, optimizers and steps, for the same shapes and tokens.
+
+nanoGPT is read from a checkout; litgpt and transformers must be installed beside truestep. Each is
+stepped as its own training script does it by default, with dropout off and clipping at 1.0.
+"""
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from workloads import Workload
+
+from truestep.runtime import resolve_device
+
+Step = Callable[[], float]  # one update, returning its loss
+
+
+def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
+    """nanoGPT's own model and optimizer, stepped as its train.py does: float32 on a CPU."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    device = resolve_device("auto")
+    raw = module.GPT(
+        module.GPTConfig(
+            block_size=workload.context_length,
+            vocab_size=workload.vocab_size,
+            n_layer=workload.num_layers,
+            n_head=workload.num_heads,
+            n_embd=workload.width,
+            dropout=0.0,
+            bias=False,
+        )
+    ).to(device)
+    optimizer = raw.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
+    model: Any = torch.compile(raw) if compiled else raw
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    steps = itertools.count()
+
+    def step() -> float:
+        batch = workload.batch(next(steps)).to(device)
+        with precision:
+            _, loss = model(batch.tokens.contiguous(), batch.targets.contiguous())  # it views them
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.item())
+
+    return step
+
+
+def litgpt_step(workload: Workload) -> Step:
+    """litgpt's model as its pretrain.py trains it: compiled, bf16-mixed, losses by chunks."""
+    import lightning
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    device = resolve_device("auto")
+    fabric = lightning.Fabric(accelerator=device.type, devices=1, precision="bf16-mixed")
+    torch.manual_seed(0)
+    raw = GPT(
+        Config(
+            block_size=workload.context_length,
+            n_layer=workload.num_layers,
+            n_head=workload.num_heads,
+            n_embd=workload.width,
+            vocab_size=workload.vocab_size,
+            padding_multiple=64,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=workload.mlp_width,
+            parallel_residual=False,
+            rotary_percentage=1.0,
+            bias=False,
+        )
+    )
+    if workload.tied:
+        raw.lm_head.weight = raw.transformer.wte.weight
+    model = fabric.setup(torch.compile(raw))
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=3e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=device.type == "cuda",
+    )
+    optimizer = fabric.setup_optimizers(optimizer)
+    steps = itertools.count()
+
+    def step() -> float:
+        batch = workload.batch(next(steps)).to(device)
+        loss = chunked_cross_entropy(model(batch.tokens), batch.targets)
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+def transformers_step(workload: Workload) -> Step:
+    """A Llama of `transformers` under bfloat16 autocast, stepped as its Trainer does."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = resolve_device("auto")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=workload.vocab_size,
+            hidden_size=workload.width,
+            intermediate_size=workload.mlp_width,
+            num_hidden_layers=workload.num_layers,
+            num_attention_heads=workload.num_heads,
+            max_position_embeddings=workload.context_length,
+            tie_word_embeddings=workload.tied,
+            use_cache=False,
+        )
+    ).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    steps = itertools.count()
+
+    def step() -> float:
+        batch = workload.batch(next(steps)).to(device)
+        targets = batch.targets.contiguous()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(batch.tokens, labels=batch.tokens, shift_labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
