@@ -40,6 +40,7 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 docs: $(VENV)/train.stamp
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_reliability.py
+	$(BIN)/python docs/make_performance.py
 
 bench: $(VENV)/train.stamp
 	$(BIN)/python benchmarks/throughput.py --workloads W1 W2 W3

@@ -62,6 +62,11 @@ def test_the_page_on_reliability_is_made_from_the_tests_and_the_figures():
     assert (ROOT / "docs" / "reliability.md").read_text() == maker.make_reliability()
 
 
+def test_the_page_on_performance_is_made_from_the_figures():
+    maker = load(ROOT / "docs" / "make_performance.py")
+    assert (ROOT / "docs" / "performance.md").read_text() == maker.make_performance()
+
+
 def test_every_link_in_the_documents_leads_to_a_file():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
