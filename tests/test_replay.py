@@ -230,6 +230,20 @@ def test_changes_are_forgotten_when_a_run_begins_anew(capsys):
     assert replayed(capsys, "--step", "3")[0] == 0
 
 
+def test_changes_are_kept_where_every_checkpoint_is_damaged(capsys):
+    assert train("--training.num-steps", "6") == 0
+    change = ["--training.learning-rate", "0.1", "--override", "training.learning_rate"]
+    assert main(["train", "--resume", "runs/text-1", *change]) == 0
+    kept = Path("runs/text-1/changes.jsonl").read_bytes()
+    for path in Path("runs/text-1/checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    for _ in range(2):  # the first sets them aside
+        assert main(["train", "--resume", "runs/text-1"]) == 2
+        assert "has no intact checkpoint left" in capsys.readouterr().err
+        assert Path("runs/text-1/changes.jsonl").read_bytes() == kept
+    assert kept
+
+
 def test_more_steps_of_a_constant_schedule_are_no_change_to_replay(capsys):
     constant = ["--training.schedule", "constant", "--training.num-steps", "6"]
     assert train(*constant, "--run.keep-checkpoints", "9") == 0

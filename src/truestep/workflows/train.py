@@ -176,13 +176,13 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
                     else " --override training.num_steps (its learning rates depend on it)"
                 )
             )
-    else:
-        record_changes(directory, 0, training.config, training.config)
-    if newest is None and any(checkpoints.glob(".bad-*")):
+    elif any(checkpoints.glob(".bad-*")):
         raise RunError(
             f"{directory} has no intact checkpoint left to go on from; start a new run, or "
             f"remove {checkpoints} to train this one again from its first step"
         )
+    else:  # it begins anew: what was changed on the way counts no more
+        record_changes(directory, 0, training.config, training.config)
 
 
 @contextlib.contextmanager
