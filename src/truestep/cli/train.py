@@ -48,15 +48,7 @@ def train(
     explicit = given(options)
     if data is not None:
         explicit.setdefault("data", {})["source"] = data
-    known = [setting.name for setting in settings(RunConfig)]
-    override = tuple(name.replace("-", "_") for name in override)
-    for name in override:
-        if name not in known:
-            text = f"--override {name} names no setting{nearest(name, known)}"
-            raise ConfigError([Problem((), text)])
-    if override and resume is None:
-        text = "--override allows a change when a run goes on; give --resume, too"
-        raise ConfigError([Problem((), text)])
+    allowed = _overridden(override, resume)
     chosen = resolve(explicit, os.environ, config)
 
     from truestep.workflows.run import RunError, find_run, read_run_config
@@ -79,8 +71,21 @@ def train(
             raise RunError(f"run.name cannot change in {directory}; leave it out, or move the run")
         base = read_run_config(directory).model_dump(mode="json")
         chosen = resolve(explicit, os.environ, config, base)
-        outcome = resume_run(chosen, directory, say, frozenset(override))
+        outcome = resume_run(chosen, directory, say, allowed)
     return _conclude(outcome.directory, outcome.step, outcome.stopped_by)
+
+
+def _overridden(override: tuple[str, ...], resume: str | None) -> frozenset[str]:
+    """Return the settings that may change, by name. Errors: ConfigError for one that is none."""
+    known = [setting.name for setting in settings(RunConfig)]
+    names = frozenset(name.replace("-", "_") for name in override)
+    for name in sorted(names.difference(known)):
+        text = f"--override {name} names no setting{nearest(name, known)}"
+        raise ConfigError([Problem((), text)])
+    if names and resume is None:
+        text = "--override allows a change when a run goes on; give --resume, too"
+        raise ConfigError([Problem((), text)])
+    return names
 
 
 def _conclude(directory: Path, step: int, stopped_by: str | None) -> int:

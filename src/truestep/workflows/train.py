@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from truestep.checkpoint.bundle import save_bundle
@@ -117,18 +118,18 @@ def _save_what_is_left(session: Session, directory: Path, error: Exception) -> N
     """
     training, say = session.training, session.display.say
     trainer = training.trainer
-    tasks: list[Callable[[], object]] = [session.close]
+    tasks: list[Callable[[], object]] = []
     if isinstance(error, NonFiniteError):
-        tasks.insert(0, lambda: _write_bundle(training, directory, error, say))
+        tasks.append(partial(_write_bundle, training, directory, error, say))
     if trainer.step and not trainer.mid_update:
         if all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters()):
-            tasks.insert(-1, session.save)
+            tasks.append(session.save)
         else:
             say(
                 f"the parameters of step {trainer.step} are not finite and are not saved; lower "
                 "training.learning_rate"
             )
-    for task in tasks:
+    for task in (*tasks, session.close):
         try:
             task()
         except (OSError, RuntimeError, MemoryError) as failed:  # CheckpointError is one

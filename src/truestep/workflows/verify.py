@@ -35,7 +35,6 @@ from truestep.workflows.run import (
 
 _IDS_AT_A_TIME = 2**20
 
-
 Check = tuple[str, Callable[[], str]]
 """What is checked, and a function that returns what it found or raises what is wrong."""
 
@@ -154,12 +153,10 @@ def _on_cpu(config: RunConfig) -> RunConfig:
 
 def _data_checks(directory: Path) -> Iterator[Check]:
     damaged: list[str] = []
-    yield (
-        MANIFEST,
-        lambda: count(len(read_manifest(directory, (FORMAT, FORMAT_VERSION))[1]), "file"),
-    )
+    read = partial(read_manifest, directory, (FORMAT, FORMAT_VERSION))
+    yield MANIFEST, lambda: count(len(read()[1]), "file")
     try:
-        _, files = read_manifest(directory, (FORMAT, FORMAT_VERSION))
+        _, files = read()
     except StorageError:
         return
     for name, record in files.items():
