@@ -58,17 +58,13 @@ def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
     return step
 
 
-def litgpt_step(workload: Workload) -> Step:
-    """litgpt's model as its pretrain.py trains it: compiled, bf16-mixed, losses by chunks."""
-    import lightning
+def litgpt_model(workload: Workload) -> torch.nn.Module:
+    """litgpt's model, which any trainer may train: tokens in, logits out."""
     from litgpt.config import Config
     from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
 
-    device = resolve_device("auto")
-    fabric = lightning.Fabric(accelerator=device.type, devices=1, precision="bf16-mixed")
     torch.manual_seed(0)
-    raw = GPT(
+    model: Any = GPT(
         Config(
             block_size=workload.context_length,
             n_layer=workload.num_layers,
@@ -85,7 +81,18 @@ def litgpt_step(workload: Workload) -> Step:
         )
     )
     if workload.tied:
-        raw.lm_head.weight = raw.transformer.wte.weight
+        model.lm_head.weight = model.transformer.wte.weight
+    return model  # type: ignore[no-any-return]
+
+
+def litgpt_step(workload: Workload) -> Step:
+    """litgpt's model as its pretrain.py trains it: compiled, bf16-mixed, losses by chunks."""
+    import lightning
+    from litgpt.utils import chunked_cross_entropy
+
+    device = resolve_device("auto")
+    fabric = lightning.Fabric(accelerator=device.type, devices=1, precision="bf16-mixed")
+    raw = litgpt_model(workload)
     model = fabric.setup(torch.compile(raw))
     optimizer = torch.optim.AdamW(
         model.parameters(),

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from machine import facts
-from peers import Step, litgpt_step, nanogpt_step, transformers_step
+from peers import Step, litgpt_model, litgpt_step, nanogpt_step, transformers_step
 from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig
@@ -32,11 +32,12 @@ def truestep_step(
     workload: Workload,
     precision: Literal["auto", "float32", "bfloat16"],
     compile_: Literal["on", "off"],
+    model: torch.nn.Module | None = None,
 ) -> Step:
-    """The reference model in a Trainer, logging nothing."""
+    """The reference model, or another, in a Trainer that logs nothing."""
     torch.manual_seed(0)
     config = TrainingConfig(precision=precision, compile=compile_)
-    trainer = Trainer(GPT(workload.config()), config, sinks=[])
+    trainer = Trainer(model or GPT(workload.config()), config, sinks=[])
     return lambda: trainer.training_step(workload.batch(trainer.step)).loss
 
 
@@ -50,7 +51,10 @@ def variants_of(workload: Workload, nanogpt: Path | None, peers: list[str]) -> d
         variants["transformers bfloat16"] = transformers_step(workload)
     if "litgpt" in peers:
         variants["litgpt"] = litgpt_step(workload)
+        model = litgpt_model(workload)
+        variants["litgpt's model in truestep"] = truestep_step(workload, "auto", "on", model)
     variants["truestep float32 eager"] = truestep_step(workload, "float32", "off")
+    variants["truestep float32 compiled"] = truestep_step(workload, "float32", "on")
     variants["truestep bfloat16 eager"] = truestep_step(workload, "bfloat16", "off")
     variants["truestep"] = truestep_step(workload, "auto", "on")
     return variants
@@ -89,7 +93,7 @@ def run(name: str, rounds: int, nanogpt: Path | None, peers: list[str]) -> dict[
     results = []
     print(f"\n{name}  {asdict(workload)}  {workload.flops / 1e9:.1f} GFLOP a step")
     print(", ".join(f"{dtype} products {peak / 1e9:.0f} GFLOP/s" for dtype, peak in peaks.items()))
-    print(f"{'':26}{'ms a step':>10}{'tokens/s':>10}{'MFU':>6}{'ratio':>7}   min-max ms")
+    print(f"{'':27}{'ms a step':>10}{'tokens/s':>10}{'MFU':>6}{'ratio':>7}   min-max ms")
     for variant, times in seconds.items():
         median = statistics.median(times)
         dtype = "float32" if variant.startswith("nanoGPT") or "float32" in variant else "bfloat16"
@@ -103,7 +107,7 @@ def run(name: str, rounds: int, nanogpt: Path | None, peers: list[str]) -> dict[
         }
         results.append(row)
         print(
-            f"{variant:26}{median * 1e3:10.1f}{row['tokens_per_second']:10,.0f}{row['mfu']:6.0%}"
+            f"{variant:27}{median * 1e3:10.1f}{row['tokens_per_second']:10,.0f}{row['mfu']:6.0%}"
             f"{row['ratio']:7.2f}   {min(times) * 1e3:.0f}-{max(times) * 1e3:.0f}",
             flush=True,
         )

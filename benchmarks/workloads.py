@@ -58,4 +58,7 @@ WORKLOADS = {
     "W1": Workload(6, 6, 384, 65, 256, 16),
     "W2": Workload(4, 8, 256, 50257, 256, 8, tied=True),
     "W3": Workload(4, 4, 128, 65, 256, 12),
+    # For a GPU: GPT-2's smallest and largest shape.
+    "G1": Workload(12, 12, 768, 50257, 1024, 16, tied=True),
+    "G2": Workload(48, 25, 1600, 50257, 1024, 4, tied=True),
 }

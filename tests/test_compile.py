@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from truestep import Trainer, TrainingConfig, every, load_checkpoint, save_checkpoint
+from truestep import IGNORE_INDEX, Trainer, TrainingConfig, every, load_checkpoint, save_checkpoint
 
 
 def train(model, windows, compile_, evaluate_every=None):
@@ -49,6 +49,21 @@ def test_a_compiled_run_resumes_bit_for_bit(bigram, windows, tmp_path):
         again.training_step(windows(seed=step))
     for mine, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.xdist_group("compile")
+def test_it_is_compiled_once_whatever_varies_from_step_to_step(bigram, windows, recwarn):
+    config = TrainingConfig(compile="on", micro_batch_size=2, schedule="cosine", warmup_steps=2)
+    trainer = Trainer(bigram(dropout=0.3), config, sinks=[])
+    trainer.training_step(windows())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(1, 4):
+            tokens = windows(seed=step)
+            targets = tokens[:, 1:].clone()
+            targets[:step, :step] = IGNORE_INDEX
+            trainer.training_step((tokens[:, :-1], targets))
+            trainer.evaluate([windows(7, 5)])
+    assert not [warning for warning in recwarn if "runs uncompiled" in str(warning.message)]
 
 
 class Untraceable(torch.nn.Module):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from truestep import GPT, Batch, GPTConfig, Trainer, TrainingConfig
+from truestep.training.optim import skips_on_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -51,3 +53,27 @@ def test_fit_ahead_of_the_device_gives_the_numbers_of_single_steps(trainer):
     again = Trainer(trainer.model, trainer.config, device="cuda", sinks=[keep])
     again.fit([batch(seed) for seed in range(6)], num_steps=6)
     assert keep.losses == pytest.approx([metrics.loss for metrics in single], rel=1e-5)
+
+
+def test_attention_is_fused_and_so_is_the_optimizer(trainer):
+    assert trainer.precision == "bfloat16"
+    assert skips_on_device(trainer.optimizer)
+    trainer.training_step(batch(0))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        trainer.training_step(batch(1))
+    names = {event.name for event in profiled.events()}
+    assert names & {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+    }
+
+
+def test_a_compiled_step_is_one_graph_and_compiled_once(trainer, recwarn):
+    config = trainer.config.model_copy(update={"compile": "on"})
+    compiled = Trainer(trainer.model, config, device="cuda", sinks=[])
+    compiled.training_step(batch(0))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(1, 4):
+            compiled.training_step(batch(seed))
+            compiled.evaluate([batch(seed)])
+    assert not [warning for warning in recwarn if "runs uncompiled" in str(warning.message)]

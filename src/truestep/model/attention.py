@@ -11,12 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from truestep.model.layers import Linear, RMSNorm
+from truestep.runtime import PLAIN_ATTENTION_KEYS
 
-# On a CPU in bfloat16, up to this many keys, plain products beat torch's fused attention. Forward
-# and backward with its four projections on one Zen 4 core (AVX512-BF16), batch x heads x context x
-# head: 12x4x256x32 16 ms against 36, 16x6x256x64 103 against 158.
-_PLAIN_KEYS = 2048
-# They leave out keys that a block of queries cannot see: all at once they take 20 and 112 ms.
+# Where attention is plain products, those of a block of queries leave out keys that it cannot see:
+# 16 ms instead of 20, and 103 of 112, in the cases of PLAIN_ATTENTION_KEYS.
 _QUERY_BLOCKS, _MIN_BLOCK = 4, 64
 
 
@@ -94,7 +92,7 @@ def attend(
     """
     num_queries, num_keys = queries.shape[2], keys.shape[2]
     bfloat16_on_cpu = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
-    if bfloat16_on_cpu and num_keys <= _PLAIN_KEYS:
+    if bfloat16_on_cpu and num_keys <= PLAIN_ATTENTION_KEYS:
         return _attend_by_matmuls(queries, keys, values)
     mask = None
     if 1 < num_queries < num_keys:

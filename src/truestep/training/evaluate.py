@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from truestep.batch import Batch
 from truestep.loss import IGNORE_INDEX, compute_loss
-from truestep.runtime import computing, module_modes, random_state_kept
+from truestep.runtime import attention_kernels, computing, module_modes, random_state_kept
 from truestep.training.feed import fit_inputs
 from truestep.training.probe import logits_of
 
@@ -54,7 +54,8 @@ def evaluate(
                 num_bytes += int(token_bytes[valid.cpu()].sum())
             num_tokens += valid.numel()
             batch = batch.to(device)
-            with computing(precision, device):
+            num_keys = batch.tokens.shape[1]
+            with attention_kernels(precision, device, num_keys), computing(precision, device):
                 logits = logits_of(model(batch.tokens, **batch.inputs))
             total += float(compute_loss(logits, batch.targets, num_tokens=1))
     if not num_tokens:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from truestep.batch import Batch
 from truestep.loss import compute_loss
-from truestep.runtime import computing, module_modes
+from truestep.runtime import attention_kernels, computing, module_modes
 from truestep.training.probe import logits_of
 
 
@@ -66,7 +66,8 @@ def step_bytes(
         }
         tokens, targets = (fake.from_tensor(t).to(device) for t in (rows.tokens, rows.targets))
         inputs = {name: fake.from_tensor(value).to(device) for name, value in rows.inputs.items()}
-        with _Ledger([*state.values(), tokens, targets, *inputs.values()]) as ledger:
+        attention = attention_kernels(precision, device, tokens.shape[1])
+        with attention, _Ledger([*state.values(), tokens, targets, *inputs.values()]) as ledger:
             with computing(precision, device):
                 output = torch.func.functional_call(model, state, (tokens,), inputs)
             loss = compute_loss(logits_of(output), targets)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from truestep.batch import Batch
@@ -51,7 +52,9 @@ def probe(model: nn.Module, batch: Batch) -> ModelFacts | None:
     counter = FlopCounterMode(display=False)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
-        with module_modes(model, training=False), torch.no_grad(), fake, counter:
+        # The counter knows no fused attention of a CPU: as plain products it is counted anywhere.
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with module_modes(model, training=False), torch.no_grad(), plain, fake, counter:
             output = torch.func.functional_call(
                 model,
                 {name: fake.from_tensor(tensor) for name, tensor in tensors.items()},

@@ -254,7 +254,10 @@ class Trainer:
         def micro_batches() -> Generator[tuple[ForwardLoss, Batch]]:
             assert self._forward is not None
             for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
-                with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
+                with (
+                    runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index),
+                    self._attention(micro_batch),
+                ):
                     yield self._forward, micro_batch
 
         try:
@@ -264,6 +267,9 @@ class Trainer:
         finally:
             self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, device=self.device))
 
+    def _attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        return runtime.attention_kernels(self.precision, self.device, batch.tokens.shape[1])
+
     def micro_batch_size(self, batch: Batch) -> int:
         """Return how many rows of a batch one backward pass takes."""
         size = self.config.micro_batch_size
@@ -272,8 +278,9 @@ class Trainer:
     def _forward_backward(self, batch: Batch, num_tokens: Tensor) -> Tensor:
         """Add this micro-batch's share of the gradient; return its share of the loss."""
         assert self._forward is not None
-        loss = self._forward(batch, num_tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self._attention(batch):
+            loss = self._forward(batch, num_tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _clip_gradients(self) -> Tensor:

@@ -1,0 +1,90 @@
+"""How long a person waits before the first step: commands, imports, and compilation.
+
+    python benchmarks/startup.py --workloads W1 W2 W3 --output result.json
+
+Each case is a process of its own. Commands and imports are medians over some repeats; the first
+step of a workload is taken three times: uncompiled, compiled with an empty cache, and compiled with
+the cache that the time before has filled.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import facts
+from workloads import WORKLOADS
+
+_COMMANDS = {
+    "python -c pass": ["-c", "pass"],
+    "import torch": ["-c", "import torch"],
+    "import truestep": ["-c", "import truestep"],
+    "import truestep.Trainer": ["-c", "from truestep import GPT, Trainer"],
+    "truestep --help": ["-m", "truestep", "--help"],
+    "truestep train --help": ["-m", "truestep", "train", "--help"],
+}
+
+
+def first_step(name: str, compile_: str) -> None:
+    """Print the seconds that the first step and the one after it take, in this process."""
+    from throughput import truestep_step
+
+    step = truestep_step(WORKLOADS[name], "auto", "on" if compile_ == "on" else "off")
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps(seconds))
+
+
+def run(arguments: list[str], cache: str | None = None) -> tuple[float, str]:
+    """Return how long a Python process took, and the last line it wrote."""
+    environment = os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache})
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    return time.perf_counter() - start, done.stdout.strip().rpartition("\n")[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W3"])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--first-step", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+    if options.first_step:
+        first_step(*options.first_step)
+        return
+    times: dict[str, list[float]] = {command: [] for command in _COMMANDS}
+    for _ in range(options.repeats):
+        for command, arguments in _COMMANDS.items():
+            times[command].append(run(arguments)[0])
+    for command, seconds in times.items():
+        print(f"{command:26}{statistics.median(seconds):8.2f} s  (least {min(seconds):.2f})")
+    firsts = []
+    for name in options.workloads:
+        with tempfile.TemporaryDirectory() as cache:
+            for case, compile_ in (("uncompiled", "off"), ("cold", "on"), ("warm", "on")):
+                arguments = [__file__, "--first-step", name, compile_]
+                first, second = json.loads(run(arguments, cache)[1])
+                firsts.append({"workload": name, "case": case, "first": first, "second": second})
+                print(f"{name} {case:23}{first:8.2f} s  (the step after it {second:.2f})")
+    if options.output is not None:
+        record = {**facts(), "commands": times, "first_steps": firsts}
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
