@@ -92,3 +92,12 @@ def test_an_id_outside_the_vocabulary_is_found_with_its_position(row, column, wr
         check_token_ids(Batch(bad, targets), 11)
     with pytest.raises(ValueError, match=rf"targets\[{row}, {column}\] = {wrong}"):
         check_token_ids(Batch(tokens, bad), 11)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda w: w, lambda w: (w[:, :-1], w[:, 1:]), lambda w: w.numpy()]
+)
+def test_tokens_and_targets_are_contiguous_in_every_form(windows, form):
+    batch = Batch.of(form(windows()))
+    assert batch.tokens.is_contiguous()
+    assert batch.targets.is_contiguous()

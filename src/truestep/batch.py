@@ -22,9 +22,9 @@ _FORMS = (
 class Batch:
     """Token ids and the token that follows each.
 
-    `tokens` and `targets` are int64 [B, T]; `targets[b, t]` follows `tokens[b, t]`, IGNORE_INDEX
-    where nothing is to be predicted. `inputs` holds further tensors [B, ...] for the model's
-    forward, by keyword. `index` is the first row's position in the global batch.
+    `tokens` and `targets` are contiguous int64 [B, T]; `targets[b, t]` follows `tokens[b, t]`,
+    IGNORE_INDEX where nothing is to be predicted. `inputs` holds further tensors [B, ...] for the
+    model's forward, by keyword. `index` is the first row's position in the global batch.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -177,4 +177,4 @@ def _token_ids(name: str, value: Any) -> Int[Tensor, "B T"]:
         raise ValueError(f"{name} have shape {list(value.shape)}; they must be two-dimensional")
     if value.numel() == 0:
         raise ValueError(f"{name} have shape {list(value.shape)}: the batch is empty")
-    return value.long()
+    return value.long().contiguous()
