@@ -19,7 +19,7 @@ from truestep.training.watch import Watch
 
 CPU = torch.device("cpu")
 SHAPE = {"context_length": 8, "num_layers": 2, "num_heads": 2, "width": 8, "dropout": 0.1}
-DEFERRED = 16384  # a vocabulary from which the model leaves its head to the loss
+DEFERRED = 8192  # a vocabulary from which the model leaves its head to the loss
 
 
 def gpt(seed=0, vocab_size=11, **changes):
