@@ -2,12 +2,13 @@
 
     python benchmarks/growth.py --output result.json
 
-One size varies at a time around a small model; every point is the least of several steps as a user
-gets them, compiled. The corpus costs only the arithmetic of its order, to 10^12 tokens.
+One size varies at a time around a small model; every point is the median of several steps as a
+user gets them, compiled. The corpus costs only the arithmetic of its order, to 10^12 tokens.
 """
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,7 +80,7 @@ def point(sweep: str, value: int) -> Callable[[], object]:
     return step_of(workload)
 
 
-def least_seconds(step: Callable[[], object]) -> float:
+def median_seconds(step: Callable[[], object]) -> float:
     for _ in range(2):
         step()
     seconds: list[float] = []
@@ -87,7 +88,7 @@ def least_seconds(step: Callable[[], object]) -> float:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return statistics.median(seconds)
 
 
 def main() -> None:
@@ -99,7 +100,7 @@ def main() -> None:
     points = []
     for sweep in options.sweeps:
         for value in SWEEPS[sweep]:
-            seconds = least_seconds(point(sweep, value))
+            seconds = median_seconds(point(sweep, value))
             points.append({"sweep": sweep, "value": value, "seconds": seconds})
             print(f"{sweep:16}{value:16,}{seconds * 1e3:12.2f} ms", flush=True)
     if options.output is not None:

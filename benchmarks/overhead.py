@@ -24,7 +24,7 @@ from workloads import WORKLOADS, Workload
 from truestep import GPT, Trainer, TrainingConfig
 from truestep.data.loader import Prefetch, WindowLoader
 from truestep.observe.sinks import JsonlSink
-from truestep.runtime import keep_freed_memory
+from truestep.runtime import deterministic_algorithms, keep_freed_memory
 from truestep.training.optim import clip_gradients
 
 _WARMUP_STEPS = 5
@@ -67,10 +67,11 @@ def measure(workload: Workload, steps: int, directory: Path) -> dict[str, list[f
     def bare_step(_: int) -> object:
         assert bare._forward is not None
         bare.optimizer.zero_grad()
-        loss: Any = bare._forward(batch, batch.num_targets)
-        loss.backward()
-        clip_gradients([p.grad for p in parameters if p.grad is not None], 1.0)
-        return bare.optimizer.step()
+        with deterministic_algorithms(bare.config.deterministic == "on"):
+            loss: Any = bare._forward(batch, batch.num_targets)
+            loss.backward()
+            clip_gradients([p.grad for p in parameters if p.grad is not None], 1.0)
+            return bare.optimizer.step()
 
     forms: dict[str, Callable[[int], object]] = {
         "bare loop": bare_step,

@@ -1,7 +1,8 @@
 """Other trainers' own models, optimizers and steps, for the same shapes and tokens.
 
 nanoGPT is read from a checkout; litgpt and transformers must be installed beside truestep. Each is
-stepped as its own training script does it by default, with dropout off and clipping at 1.0.
+stepped as its own training script does it by default, with dropout off and clipping at 1.0: nanoGPT
+and litgpt fuse AdamW on a GPU only.
 """
 
 import importlib.util
@@ -20,7 +21,11 @@ Step = Callable[[], float]  # one update, returning its loss
 
 
 def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
-    """nanoGPT's own model and optimizer, stepped as its train.py does: float32 on a CPU."""
+    """nanoGPT's own model and optimizer, stepped as its train.py does: float32 on a CPU.
+
+    Its train.py, too, takes 50304 ids where GPT-2 has 50257: that is faster.
+    """
+    vocab_size = 50304 if workload.vocab_size == 50257 else workload.vocab_size
     spec = importlib.util.spec_from_file_location("nanogpt_model", path / "model.py")
     assert spec is not None
     assert spec.loader is not None
@@ -32,7 +37,7 @@ def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
     raw = module.GPT(
         module.GPTConfig(
             block_size=workload.context_length,
-            vocab_size=workload.vocab_size,
+            vocab_size=vocab_size,
             n_layer=workload.num_layers,
             n_head=workload.num_heads,
             n_embd=workload.width,

@@ -12,7 +12,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +26,23 @@ from workloads import WORKLOADS, Workload
 from truestep import GPT, Trainer, TrainingConfig
 from truestep.runtime import keep_freed_memory, measure_peak_flops, resolve_device
 
+Precision = Literal["auto", "float32", "bfloat16"]
+Compile = Literal["on", "off"]
+_OWN_VARIANTS: tuple[tuple[str, Precision, Compile], ...] = (
+    ("truestep float32 eager", "float32", "off"),
+    ("truestep float32 compiled", "float32", "on"),
+    ("truestep bfloat16 eager", "bfloat16", "off"),
+    ("truestep", "auto", "on"),
+)
+_PEAK_DTYPES = ("float32", "bfloat16")
 _SECONDS_A_ROUND = 1.5  # of each variant, at least
 _WARMUP_STEPS = 3  # steps before the clock starts: they compile and fill caches
 
 
 def truestep_step(
     workload: Workload,
-    precision: Literal["auto", "float32", "bfloat16"],
-    compile_: Literal["on", "off"],
+    precision: Precision,
+    compile_: Compile,
     model: torch.nn.Module | None = None,
 ) -> Step:
     """The reference model, or another, in a Trainer that logs nothing."""
@@ -41,22 +52,24 @@ def truestep_step(
     return lambda: trainer.training_step(workload.batch(trainer.step)).loss
 
 
-def variants_of(workload: Workload, nanogpt: Path | None, peers: list[str]) -> dict[str, Step]:
-    """Return every variant by name; the first is what the others are compared with."""
-    variants: dict[str, Step] = {}
+Make = Callable[[Workload], Step]
+
+
+def variants_of(nanogpt: Path | None, peers: list[str]) -> dict[str, Make]:
+    """Return how to make every variant; the first is what the others are compared with."""
+    variants: dict[str, Make] = {}
     if nanogpt is not None:
-        variants["nanoGPT"] = nanogpt_step(workload, nanogpt, compiled=False)
-        variants["nanoGPT compiled"] = nanogpt_step(workload, nanogpt, compiled=True)
+        variants["nanoGPT"] = partial(nanogpt_step, path=nanogpt, compiled=False)
+        variants["nanoGPT compiled"] = partial(nanogpt_step, path=nanogpt, compiled=True)
     if "transformers" in peers:
-        variants["transformers bfloat16"] = transformers_step(workload)
+        variants["transformers bfloat16"] = transformers_step
     if "litgpt" in peers:
-        variants["litgpt"] = litgpt_step(workload)
-        model = litgpt_model(workload)
-        variants["litgpt's model in truestep"] = truestep_step(workload, "auto", "on", model)
-    variants["truestep float32 eager"] = truestep_step(workload, "float32", "off")
-    variants["truestep float32 compiled"] = truestep_step(workload, "float32", "on")
-    variants["truestep bfloat16 eager"] = truestep_step(workload, "bfloat16", "off")
-    variants["truestep"] = truestep_step(workload, "auto", "on")
+        variants["litgpt"] = litgpt_step
+        variants["litgpt's model in truestep"] = lambda workload: truestep_step(
+            workload, "auto", "on", litgpt_model(workload)
+        )
+    for name, precision, compile_ in _OWN_VARIANTS:
+        variants[name] = partial(truestep_step, precision=precision, compile_=compile_)
     return variants
 
 
@@ -77,17 +90,17 @@ def measure(variants: dict[str, Step], rounds: int) -> dict[str, list[float]]:
             for _ in range(steps_a_round[name]):
                 step()
             seconds[name].append((time.perf_counter() - start) / steps_a_round[name])
-        for dtype in (torch.float32, torch.bfloat16):
-            key = f"peak {str(dtype).removeprefix('torch.')}"
-            seconds.setdefault(key, []).append(1 / measure_peak_flops(device, dtype))
+        for dtype in _PEAK_DTYPES:
+            peak = measure_peak_flops(device, getattr(torch, dtype))
+            seconds.setdefault(f"peak {dtype}", []).append(1 / peak)
     return seconds
 
 
-def run(name: str, rounds: int, nanogpt: Path | None, peers: list[str]) -> dict[str, Any]:
+def run(name: str, rounds: int, variants: dict[str, Make]) -> dict[str, Any]:
     """Measure one workload, print its table and return it."""
     torch.compiler.reset()
     workload = WORKLOADS[name]
-    seconds = measure(variants_of(workload, nanogpt, peers), rounds)
+    seconds = measure({each: make(workload) for each, make in variants.items()}, rounds)
     peaks = {dtype: 1 / statistics.median(seconds.pop(f"peak {dtype}")) for dtype in _PEAK_DTYPES}
     base = statistics.median(next(iter(seconds.values())))
     results = []
@@ -116,9 +129,6 @@ def run(name: str, rounds: int, nanogpt: Path | None, peers: list[str]) -> dict[
     return {**shape, "peak_gflops": peak_gflops, "results": results}
 
 
-_PEAK_DTYPES = ("float32", "bfloat16")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W3"])
@@ -127,14 +137,20 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="+", choices=["litgpt", "transformers"], default=[], help="if installed"
     )
+    parser.add_argument(
+        "--variants", nargs="+", help="only those of these names, where not all fit into memory"
+    )
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
     keep_freed_memory()  # for every variant alike
     about = facts()
     print(json.dumps(about))
-    workloads = [
-        run(name, options.rounds, options.nanogpt, options.peers) for name in options.workloads
-    ]
+    variants = variants_of(options.nanogpt, options.peers)
+    if options.variants:
+        if unknown := set(options.variants) - set(variants):
+            parser.error(f"--variants {sorted(unknown)} are unknown; there are {list(variants)}")
+        variants = {name: variants[name] for name in options.variants}
+    workloads = [run(name, options.rounds, variants) for name in options.workloads]
     if options.output is not None:
         options.output.write_text(json.dumps({**about, "workloads": workloads}, indent=1) + "\n")
 

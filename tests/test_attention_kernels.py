@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -68,11 +69,26 @@ def test_a_context_that_is_too_long_for_them_keeps_the_fused_kernel(windows, mon
     assert FUSED in ops_of_a_step(windows, precision="bfloat16")
 
 
-def test_the_numbers_are_those_of_the_fused_kernel_up_to_rounding(windows):
-    exact = step(windows, precision="float32")
-    plain = step(windows, precision="bfloat16")
-    assert plain.loss == pytest.approx(exact.loss, rel=2e-3)
-    assert plain.grad_norm == pytest.approx(exact.grad_norm, rel=2e-2)
+def gradients(windows, **how):
+    """The gradients of a first step, by name, as seen before the update."""
+    model = OneLayer()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    config = TrainingConfig(max_grad_norm="off", **how)
+    Trainer(model, config, optimizer=optimizer, sinks=[]).training_step(windows(seed=1))
+    return {name: start[name] - p.detach() for name, p in model.named_parameters()}
+
+
+def test_the_gradients_are_those_of_the_fused_kernel_up_to_rounding(windows):
+    exact = gradients(windows, precision="float32")
+    plain = gradients(windows, precision="bfloat16")
+    for name, gradient in exact.items():
+        assert (plain[name] - gradient).norm() <= 0.03 * gradient.norm(), name
+
+
+def test_kernels_that_the_caller_has_chosen_stay(windows):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert FUSED in ops_of_a_step(windows, precision="bfloat16")
 
 
 def test_activations_that_are_computed_again_attend_in_the_same_way(windows):

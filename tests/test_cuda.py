@@ -5,15 +5,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from truestep import GPT, Batch, GPTConfig, Trainer, TrainingConfig
+from truestep.model.gpt import DEFERRED_VOCAB_SIZE
 from truestep.training.optim import skips_on_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture
-def trainer():
+@pytest.fixture(params=[65, DEFERRED_VOCAB_SIZE])
+def trainer(request):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=65, num_layers=2, num_heads=2, width=64, context_length=32))
+    config = GPTConfig(
+        vocab_size=request.param, num_layers=2, num_heads=2, width=64, context_length=32
+    )
+    model = GPT(config)
     return Trainer(model, TrainingConfig(micro_batch_size=4), device="cuda", sinks=[])
 
 
@@ -23,15 +27,36 @@ def batch(seed):
     return Batch.of(ids)
 
 
+class Pinned:
+    """Batches in memory that is copied from asynchronously, as a prefetching run has them."""
+
+    def batch_at(self, step):
+        given = batch(step)
+        return Batch(given.tokens.pin_memory(), given.targets.pin_memory())
+
+
 def test_a_step_never_waits_for_the_device(trainer):
     for seed in range(2):
         trainer.training_step(batch(seed))
     torch.cuda.set_sync_debug_mode("error")
     try:
         launched = [trainer._step(batch(seed)) for seed in range(2, 5)]
+        trainer.fit(Pinned(), num_steps=8)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(0 < step.numbers.read()["loss"] < 10 for step in launched)
+
+
+@pytest.mark.parametrize("compile_", ["off", "on"])
+def test_the_step_agrees_with_that_of_a_cpu(trainer, compile_):
+    start = {name: tensor.cpu().clone() for name, tensor in trainer.model.state_dict().items()}
+    config = trainer.config.model_copy(update={"precision": "float32", "compile": compile_})
+    found = Trainer(trainer.model, config, device="cuda", sinks=[]).training_step(batch(0))
+    model = GPT(trainer.model.config)
+    model.load_state_dict(start)
+    expected = Trainer(model, config, device="cpu", sinks=[]).training_step(batch(0))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
 
 
 def test_fit_ahead_of_the_device_gives_the_numbers_of_single_steps(trainer):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from truestep import GPT, Batch, GPTConfig, Trainer, TrainingConfig, compute_loss
+from truestep.model.gpt import DEFERRED_VOCAB_SIZE
 from truestep.runtime import computing, seeded
 from truestep.training.diagnosis import Diagnosis, diagnose
 from truestep.training.probe import logits_of
@@ -19,7 +20,6 @@ from truestep.training.watch import Watch
 
 CPU = torch.device("cpu")
 SHAPE = {"context_length": 8, "num_layers": 2, "num_heads": 2, "width": 8, "dropout": 0.1}
-DEFERRED = 8192  # a vocabulary from which the model leaves its head to the loss
 
 
 def gpt(seed=0, vocab_size=11, **changes):
@@ -139,7 +139,7 @@ class Do(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("vocab_size", [11, DEFERRED])
+@pytest.mark.parametrize("vocab_size", [11, DEFERRED_VOCAB_SIZE])
 def test_a_finite_step_is_not_reproduced(windows, vocab_size, precision):
     model = gpt(vocab_size=vocab_size)
     found = diagnose(model, shares_of_loss(model, windows(), precision=precision))
@@ -239,7 +239,7 @@ def test_every_module_of_the_reference_model_is_named_when_its_output_is_bad(win
 @pytest.mark.parametrize("place", ["layers.0.mlp.gate", "norm", ""])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_logits_left_to_the_loss_hide_no_module(windows, place, precision):
-    model = gpt(vocab_size=DEFERRED)
+    model = gpt(vocab_size=DEFERRED_VOCAB_SIZE)
     model.get_submodule(place).register_forward_hook(on_call(1, spoiled_first))
     found = diagnose(model, shares_of_loss(model, windows(), precision=precision))
     assert (found.phase, found.module, found.micro_batch) == ("forward", place, 0)
@@ -428,7 +428,7 @@ def test_a_parameters_own_hook_that_spoils_its_gradient_names_its_module(windows
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_head_multiplied_out_by_the_loss_still_owns_its_matrix(windows, precision):
-    model = gpt(vocab_size=DEFERRED)
+    model = gpt(vocab_size=DEFERRED_VOCAB_SIZE)
     model.head.weight.register_hook(lambda g: g * math.nan)
     found = diagnose(model, shares_of_loss(model, windows(), precision=precision))
     assert found == Diagnosis("backward", "head", "Linear", 0, ("head.weight",))

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import truestep.loss as loss_module
 from truestep import IGNORE_INDEX, DeferredLogits, compute_loss
+from truestep.training.footprint import _Ledger
 
 
 def random_case(seed, dtype=torch.float32, ignored=0.2):
@@ -149,6 +149,12 @@ def loss_and_gradients(form, hidden, weight, targets, compute=compute_loss):
     return loss.detach(), h.grad, w.grad
 
 
+def compiled_by(backend):
+    if backend is None:
+        return compute_loss
+    return torch.compile(compute_loss, fullgraph=True, dynamic=False, backend=backend)
+
+
 def plain(hidden, weight):
     return hidden @ weight.to(hidden.dtype).T
 
@@ -168,7 +174,7 @@ def test_deferred_logits_agree_with_plain_logits_in_value_and_gradient(
 
 @pytest.mark.parametrize("backend", [None, "inductor"])
 def test_deferred_logits_in_bfloat16_are_as_near_to_float64_as_plain_ones(backend, monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 512 * 200)
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 512 * 90)  # the last has fewer rows
     hidden, weight, targets = deferred_case(600, dtype=torch.bfloat16, vocab=512, width=64)
     weight = weight.bfloat16().float()  # exact in both, so that only the computation differs
     exact = loss_and_gradients(plain, hidden.double(), weight.double(), targets)
@@ -181,12 +187,7 @@ def test_deferred_logits_in_bfloat16_are_as_near_to_float64_as_plain_ones(backen
             for mine, true in zip(found, exact, strict=True)
         ]
 
-    compute = (
-        compute_loss
-        if backend is None
-        else torch.compile(compute_loss, fullgraph=True, dynamic=False, backend=backend)
-    )
-    deferred, whole = errors(DeferredLogits, compute), errors(plain, compute_loss)
+    deferred, whole = errors(DeferredLogits, compiled_by(backend)), errors(plain, compute_loss)
     assert deferred[0] <= 1e-4  # the logits are rounded to bfloat16, the loss of them is not
     assert all(mine <= 1.25 * theirs for mine, theirs in zip(deferred[1:], whole[1:], strict=True))
 
@@ -202,12 +203,7 @@ def test_gradients_of_confident_deferred_logits_in_bfloat16_do_not_cancel(backen
     targets = torch.arange(64)[None]
     exact = loss_and_gradients(plain, hidden.double(), weight.double(), targets)
     assert 0.999 < float((-exact[0]).exp()) < 1
-    compute = (
-        compute_loss
-        if backend is None
-        else torch.compile(compute_loss, fullgraph=True, dynamic=False, backend=backend)
-    )
-    found = loss_and_gradients(DeferredLogits, hidden, weight, targets, compute)
+    found = loss_and_gradients(DeferredLogits, hidden, weight, targets, compiled_by(backend))
     for mine, true in zip(found[1:], exact[1:], strict=True):
         assert float((mine.double() - true).norm() / true.norm()) < 6e-3  # two roundings
 
@@ -240,13 +236,15 @@ def test_ignored_rows_of_deferred_logits_get_exactly_no_gradient():
     assert all(bool((grad == 0).all()) for grad in grads)
 
 
+@pytest.mark.parametrize("backend", [None, "inductor"])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_half_of_deferred_logits_may_be_frozen(frozen):
+def test_half_of_deferred_logits_may_be_frozen(frozen, backend, monkeypatch):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 31 * 16)
     hidden, weight, targets = deferred_case(40)
     _, hidden_grad, weight_grad = loss_and_gradients(plain, hidden, weight, targets)
     hidden.requires_grad_(frozen != "hidden")
     weight.requires_grad_(frozen != "weight")
-    compute_loss(DeferredLogits(hidden, weight), targets).backward()
+    compiled_by(backend)(DeferredLogits(hidden, weight), targets).backward()
     for tensor, expected in ((hidden, hidden_grad), (weight, weight_grad)):
         if tensor.requires_grad:
             torch.testing.assert_close(tensor.grad, expected, rtol=1e-12, atol=1e-14)
@@ -264,33 +262,58 @@ def test_huge_deferred_logits_are_finite_and_overflow_is_not_hidden():
     assert not loss.isfinite()
 
 
-def test_a_target_outside_the_vocabulary_of_deferred_logits_is_an_index_error():
+@pytest.mark.parametrize("label", [31, -1, -31, -101])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_target_outside_the_vocabulary_of_deferred_logits_is_an_index_error(label, with_gradient):
     hidden, weight, targets = deferred_case(4)
-    targets[0, 1] = 31
+    targets[0, 1] = label
     with pytest.raises(IndexError):
-        compute_loss(DeferredLogits(hidden.requires_grad_(), weight), targets)
+        compute_loss(DeferredLogits(hidden.requires_grad_(with_gradient), weight), targets)
+    with pytest.raises(IndexError):
+        compute_loss(plain(hidden, weight), targets)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the most numbers that any one result has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.numel = max(self.numel, result.numel())
-        return result
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_a_small_loss_of_huge_deferred_logits_is_not_rounded_away(backend):
+    weight = torch.tensor([[1e4], [1e4 - 3]])
+    loss, *_ = loss_and_gradients(
+        DeferredLogits, torch.ones(1, 1, 1), weight, torch.tensor([[0]]), compiled_by(backend)
+    )
+    assert float(loss) == pytest.approx(math.log1p(math.exp(-3)), rel=2e-6)
 
 
-def test_no_tensor_of_deferred_logits_grows_with_the_batch(monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 31 * 64)
-    largest = []
-    for rows in (256, 1024):
-        with LargestTensor() as watch:
-            loss_and_gradients(DeferredLogits, *deferred_case(rows, width=1))
-        largest.append(watch.numel)
-    assert largest == [31 * 64, 31 * 64]
+def test_deferred_logits_in_float16_have_finite_gradients_near_the_plain_ones():
+    hidden, weight, targets = deferred_case(5, dtype=torch.float16, vocab=90_000, width=8)
+    found = loss_and_gradients(DeferredLogits, hidden, weight * 0.01, targets)
+    exact = loss_and_gradients(plain, hidden.double(), weight.double() * 0.01, targets)
+    for mine, true in zip(found, exact, strict=True):
+        assert float((mine.double() - true).norm() / true.norm()) < 2e-3
+
+
+def test_deferred_logits_without_a_row_cost_zero():
+    hidden = torch.zeros(0, 3, 4, requires_grad=True)
+    loss = compute_loss(DeferredLogits(hidden, torch.ones(5, 4)), torch.zeros(0, 3).long())
+    loss.backward()
+    assert float(loss.detach()) == 0
+
+
+def test_deferred_logits_are_differentiated_once_and_refuse_a_second_time():
+    hidden, weight, targets = deferred_case(4)
+    loss = compute_loss(DeferredLogits(hidden.requires_grad_(), weight), targets)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_the_peak_memory_of_deferred_logits_grows_only_by_the_rows_themselves(monkeypatch):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 4096 * 8)
+    peaks = {}
+    for rows in (64, 256):
+        case = deferred_case(rows, dtype=torch.float32, vocab=4096, width=4)
+        with _Ledger(case) as ledger:
+            loss_and_gradients(DeferredLogits, *case)
+        peaks[rows] = ledger.peak
+    assert peaks[64] > 8 * 4096 * 4
+    assert peaks[256] - peaks[64] <= 5 * (256 - 64) * 4 * 4  # copies of hidden and its gradient
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -218,6 +218,13 @@ def test_attention_by_blocks_agrees_in_value_and_gradient(num_queries, num_keys,
         assert error < 6e-3  # bfloat16 rounds to 4e-3 at most, and several roundings add up
 
 
+def test_attention_by_blocks_is_differentiated_once_and_refuses_a_second_time():
+    queries, keys, values = torch.randn(3, 1, 1, 4, 8).bfloat16().unbind()
+    output = attend(queries.requires_grad_(), keys, values)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(output.sum(), queries, create_graph=True)
+
+
 def test_a_block_of_queries_never_sees_a_later_key():
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 300, 8, generator=generator).bfloat16()

@@ -125,11 +125,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; host memory that is pinned is copied asynchronously."""
+        # Not to MPS: what is copied from may be freed before it is (pytorch#189690).
+        ahead = device.type in {"cuda", "xpu"}
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
+            tokens=self.tokens.to(device, non_blocking=ahead),
+            targets=self.targets.to(device, non_blocking=ahead),
+            inputs={k: v.to(device, non_blocking=ahead) for k, v in self.inputs.items()},
         )
 
     def split(self, size: int) -> Iterator["Batch"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-# Logits that exist at one time: 128 MiB in float32.
+# Logits that exist at one time: 128 MiB in float32, compiled.
 _LOGITS_PER_CHUNK = 2**25
 
 
@@ -51,7 +51,7 @@ def compute_loss(
         hidden = logits.hidden.flatten(0, 1)
         total = _linear_cross_entropy_sum(hidden, logits.weight, labels)
     else:
-        total = _cross_entropy_sum(logits.flatten(0, 1), labels)
+        total = _cross_entropy(logits.flatten(0, 1), labels).sum()
     if num_tokens is None:
         num_tokens = (labels != IGNORE_INDEX).sum()
     # Zero targets cost zero, not 0/0 = NaN as torch's own mean has it (pytorch#116349).
@@ -69,10 +69,7 @@ def token_losses(
     _check(logits, targets)
     labels = targets.flatten().long()
     if isinstance(logits, DeferredLogits):
-        hidden = logits.hidden.flatten(0, 1)
-        weight = logits.weight.to(hidden.dtype)
-        chunks = _chunks(hidden, labels, len(weight))
-        losses = torch.cat([_cross_entropy(F.linear(rows, weight), part) for rows, part in chunks])
+        losses = _linear_cross_entropy(logits.hidden.flatten(0, 1), logits.weight, labels)
     else:
         losses = _cross_entropy(logits.flatten(0, 1), labels)
     return losses.view(targets.shape)
@@ -85,31 +82,33 @@ def _cross_entropy(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Te
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def _cross_entropy_sum(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Tensor:
-    """Sum over rows: the per-row losses are added by torch's pairwise sum."""
-    return _cross_entropy(logits, labels).sum()
-
-
 def _chunks(
     hidden: Float[Tensor, "N D"], labels: Int[Tensor, "N"], vocab_size: int
 ) -> Iterator[tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]]:
     """Cut rows and labels into parts whose logits are small enough to exist at one time."""
-    count = -(-len(hidden) * vocab_size // _LOGITS_PER_CHUNK)
+    count = max(1, -(-len(hidden) * vocab_size // _LOGITS_PER_CHUNK))
     return zip(hidden.chunk(count), labels.chunk(count), strict=True)
+
+
+def _linear_cross_entropy(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "N"]
+) -> Float[Tensor, "N"]:
+    """Return each row's cross-entropy of `hidden @ weight.T`, computed in the dtype of `hidden`."""
+    chunks = _chunks(hidden, labels, len(weight))
+    weight = weight.to(hidden.dtype)
+    return torch.cat([_cross_entropy(F.linear(rows, weight), part) for rows, part in chunks])
 
 
 def _linear_cross_entropy_sum(
     hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "N"]
 ) -> Float[Tensor, ""]:
-    """Sum the cross-entropy of `hidden @ weight.T`, computed in the dtype of `hidden`."""
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
-        return total
-    parts = _chunks(hidden, labels, len(weight))
-    weight = weight.to(hidden.dtype)
-    return torch.stack(
-        [_cross_entropy_sum(F.linear(rows, weight), part) for rows, part in parts]
-    ).sum()
+    """Sum the cross-entropy of `hidden @ weight.T`, with gradients if they are wanted."""
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        return _linear_cross_entropy(hidden, weight, labels).sum()
+    if hidden.dtype == torch.float16:  # its range does not hold what is unnormalised
+        hidden = hidden.float()
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -129,7 +128,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         product_weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
-        weight_grad = torch.zeros(weight.shape[::-1], dtype=sum_dtype, device=weight.device)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:  # a frozen head costs no product
+            weight_grad = torch.zeros(weight.shape[::-1], dtype=sum_dtype, device=weight.device)
         hidden_grads = []
         for rows, part in _chunks(hidden, labels, len(weight)):
             loss, hidden_grad, weight_grad = _chunk_with_gradients(
@@ -142,9 +143,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():  # create_graph=True, but what forward computed has no graph
+            raise RuntimeError("deferred logits can be differentiated once; use plain logits")
         (hidden_grad, weight_grad), (hidden_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
-        weight_grad = (weight_grad.T * grad).to(weight_dtype).contiguous()
+        if weight_grad is not None:
+            weight_grad = (weight_grad.T * grad).to(weight_dtype).contiguous()
         return (hidden_grad * grad).to(hidden_dtype), weight_grad, None
 
 
@@ -153,8 +157,8 @@ def _chunk_with_gradients(
     rows: Float[Tensor, "M D"],
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, "M"],
-    weight_grad: Float[Tensor, "D V"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, "M D"], Float[Tensor, "D V"]]:
+    weight_grad: Float[Tensor, "D V"] | None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "M D"], Float[Tensor, "D V"] | None]:
     """Return the summed loss, the gradient of `rows`, and `weight_grad` with what is added to it.
 
     Added up here, since outside a compiler holds the parts of all chunks to add them at once.
@@ -163,22 +167,25 @@ def _chunk_with_gradients(
     """
     sum_dtype = torch.promote_types(rows.dtype, torch.float32)
     counts = labels != IGNORE_INDEX
-    at_label = torch.arange(len(labels), device=labels.device), torch.where(counts, labels, 0)
+    columns = torch.where(counts, labels, 0)
+    columns = torch.where(columns < 0, len(weight), columns)  # refused, where -1 is the last
+    at_label = torch.arange(len(labels), device=labels.device), columns
     logits = F.linear(rows, weight)  # (M, V)
     of_label = logits[at_label].to(sum_dtype)[:, None]  # (M, 1)
     top = logits.amax(1, keepdim=True).to(sum_dtype)
-    exps = (logits.to(sum_dtype) - top).exp()
+    exps = logits.to(sum_dtype).sub_(top).exp_()
     normaliser = exps.sum(1, keepdim=True)
-    losses = torch.where(counts, (normaliser.log() + top - of_label)[:, 0], 0)
+    losses = torch.where(counts, (normaliser.log() + (top - of_label))[:, 0], 0)
     # Before rounding: what a likely label leaves of 1 is far less than bfloat16 resolves there.
     left = (of_label - top).exp() - normaliser
     exps = exps.to(rows.dtype)
     exps[at_label] = left[:, 0].to(rows.dtype)
     share = torch.where(counts[:, None], 1 / normaliser, 0)
     hidden_grad = (exps @ weight).to(sum_dtype) * share
-    # This way round: 198 GFLOP/s, not 165, where V is no multiple of 64 (bfloat16, Zen 4).
-    added = (rows.to(sum_dtype) * share).to(rows.dtype).T @ exps
-    return losses.sum(), hidden_grad, weight_grad + added
+    if weight_grad is not None:
+        # This way round: 198 GFLOP/s, not 165, where V is no multiple of 64 (bfloat16, Zen 4).
+        weight_grad = weight_grad + (rows.to(sum_dtype) * share).to(rows.dtype).T @ exps
+    return losses.sum(), hidden_grad, weight_grad
 
 
 def _check(logits: Tensor | DeferredLogits, targets: Tensor) -> None:

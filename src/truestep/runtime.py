@@ -89,10 +89,10 @@ def computing(
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-# On a CPU in bfloat16, up to this many keys, plain products beat torch's fused attention. Forward
-# and backward with its four projections on one Zen 4 core (AVX512-BF16), batch x heads x context x
-# head: 12x4x256x32 16 ms against 36, 16x6x256x64 103 against 158.
-PLAIN_ATTENTION_KEYS = 2048
+# On a CPU in bfloat16, up to this many keys, plain products beat torch's fused attention. A step of
+# litgpt's model, compiled, with 12 x 256 tokens takes 228 ms instead of 279 with a context of 512,
+# and 345 instead of 318 with 1024 (W3's layers, one Zen 4 core).
+PLAIN_ATTENTION_KEYS = 512
 
 
 @contextlib.contextmanager
@@ -102,13 +102,22 @@ def attention_kernels(
     """Let torch's attention be plain bfloat16 products inside, where its fused kernel is slower.
 
     Around backward, too, which computes checkpointed activations again. litgpt's model, compiled,
-    takes 94 ms instead of 117 for a step of W3, and 873 instead of 990 of W1. The process's own
-    choice is put back afterwards.
+    takes 94 ms instead of 117 for a step of W3, and 873 instead of 990 of W1 (two cores). Where the
+    caller has chosen kernels by `torch.nn.attention.sdpa_kernel`, they stay.
     """
-    if (precision, device.type) != ("bfloat16", "cpu") or num_keys > PLAIN_ATTENTION_KEYS:
-        yield
-        return
     flags: Any = torch.backends.cuda  # a CPU's, too
+    pays = (precision, device.type) == ("bfloat16", "cpu") and num_keys <= PLAIN_ATTENTION_KEYS
+    if pays and flags.flash_sdp_enabled() and flags.math_sdp_enabled():
+        with plain_attention():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let torch's attention be matrix products in the dtype of its inputs, on any device."""
+    flags: Any = torch.backends.cuda
     before = flags.fp16_bf16_reduction_math_sdp_allowed()
     flags.allow_fp16_bf16_reduction_math_sdp(True)
     try:

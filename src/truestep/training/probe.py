@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from truestep.batch import Batch
 from truestep.loss import DeferredLogits
-from truestep.runtime import module_modes
+from truestep.runtime import module_modes, plain_attention
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class ModelFacts:
     """What a model does with a batch."""
 
     vocab_size: int
-    flops_per_token: float  # forward and backward, by the matmuls executed
+    flops_per_token: float  # forward and backward, by their matrix products
     head: nn.Module | None  # the module whose matrix produced the logits
 
 
@@ -53,8 +52,7 @@ def probe(model: nn.Module, batch: Batch) -> ModelFacts | None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         # The counter knows no fused attention of a CPU: as plain products it is counted anywhere.
-        plain = sdpa_kernel(SDPBackend.MATH)
-        with module_modes(model, training=False), torch.no_grad(), plain, fake, counter:
+        with module_modes(model, training=False), plain_attention(), torch.no_grad(), fake, counter:
             output = torch.func.functional_call(
                 model,
                 {name: fake.from_tensor(tensor) for name, tensor in tensors.items()},

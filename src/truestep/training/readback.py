@@ -9,7 +9,7 @@ _PINNED_DEVICES = {"cuda", "xpu"}
 class Readback:
     """Starts to copy 0-d tensors to the host, and waits for them only where they are read.
 
-    On an accelerator the copies stand in its queue behind the step, with an event behind them: what
+    On a GPU the copies stand in its queue behind the step, with an event behind them: what
     is launched afterwards does not delay them, as it would a plain `.item()`.
     """
 
@@ -25,7 +25,8 @@ class Readback:
                 for name, number in numbers.items()
             }
             self._event = torch.Event(device)
-            self._event.record()
+            # Of its own device: another may be the current one.
+            self._event.record(torch.accelerator.current_stream(device))
 
     def read(self) -> dict[str, float]:
         """Return the numbers (int and bool are floats, too) by name."""

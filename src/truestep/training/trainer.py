@@ -109,14 +109,14 @@ class Trainer:
     def _step(self, batch: Any) -> _Launched:
         """Forward, loss, backward and update: the whole of training is here."""
         batch = self._checked(Batch.of(batch))
-        # Of the whole global batch; no step waits for the device here.
-        num_tokens = batch.num_targets.to(self.device, non_blocking=True)
+        on_device = batch.to(self.device)
+        num_tokens = on_device.num_targets  # of the whole global batch
         loss = torch.zeros((), device=self.device)
         self.mid_update = True
         buffers = self._buffers.copy()
         clear_gradients(self.model, self.optimizer)
         with self._step_state():
-            for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
+            for micro_batch in on_device.split(self.micro_batch_size(batch)):
                 # Seeded by global position: dropout is a function of the step, with no state.
                 with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
                     loss = loss + self._forward_backward(micro_batch, num_tokens)
