@@ -6,18 +6,15 @@ One size varies at a time around a small model; every point is the median of sev
 user gets them, compiled. The corpus costs only the arithmetic of its order, to 10^12 tokens.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import facts
+from machine import argument_parser, write
 from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig
@@ -92,9 +89,8 @@ def median_seconds(step: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
     keep_freed_memory()
     points = []
@@ -103,9 +99,7 @@ def main() -> None:
             seconds = median_seconds(point(sweep, value))
             points.append({"sweep": sweep, "value": value, "seconds": seconds})
             print(f"{sweep:16}{value:16,}{seconds * 1e3:12.2f} ms", flush=True)
-    if options.output is not None:
-        record = {**facts(), "points": points}
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.output, {"points": points})
 
 
 if __name__ == "__main__":

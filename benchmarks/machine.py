@@ -1,8 +1,11 @@
-"""What a figure was measured on, for the JSON of every benchmark."""
+"""What every benchmark shares: its arguments, and what a figure was measured on."""
 
+import argparse
 import importlib.metadata
+import json
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,40 @@ import truestep
 from truestep.runtime import processor_name, resolve_device
 
 _PEERS = ("litgpt", "transformers", "lightning")
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that knows `--output`, and refuses it before anything is measured."""
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=_new_file, help="where to write the figures as JSON")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more")
+    return int(text)
+
+
+def existing(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
+
+
+def _new_file(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is in no directory that exists")
+    return Path(text)
+
+
+def write(path: Path | None, record: dict[str, Any]) -> None:
+    """Write the figures and what they were measured on, if a path was given."""
+    if path is not None:
+        path.write_text(json.dumps({**facts(), **record}, indent=1) + "\n", encoding="utf-8")
 
 
 def facts() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import facts
+from machine import argument_parser, positive, write
 
 from truestep import DeferredLogits, compute_loss
 from truestep import loss as loss_module
@@ -67,12 +67,11 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=[50257, 131072])
-    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--logits-per-chunk", type=int, nargs="+", default=[2**25])
+    parser = argument_parser(__doc__)
+    parser.add_argument("--vocab", type=positive, nargs="+", default=[50257, 131072])
+    parser.add_argument("--rows", type=positive, nargs="+", default=[2048, 8192])
+    parser.add_argument("--logits-per-chunk", type=positive, nargs="+", default=[2**25])
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
     if options.case:
         form, *numbers = options.case
@@ -97,8 +96,7 @@ def main() -> None:
             f"{found['peak_bytes'] / 2**20:7,.0f} MiB  {found['seconds'] * 1e3:7,.0f} ms",
             flush=True,
         )
-    if options.output is not None:
-        options.output.write_text(json.dumps({**facts(), "cases": results}, indent=1) + "\n")
+    write(options.output, {"cases": results})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ loop nothing else. `fit` reads windows of a token file that a thread prepares, a
 to a file. They take turns at every step, and the median of the differences counts.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import facts
+from machine import argument_parser, positive, write
 from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig
@@ -88,10 +86,9 @@ def measure(workload: Workload, steps: int, directory: Path) -> dict[str, list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W3"])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--steps", type=positive, default=200)
     options = parser.parse_args()
     keep_freed_memory()
     results = []
@@ -110,9 +107,7 @@ def main() -> None:
                 f"{name}  {form:14}{median * 1e3:8.1f} ms  {added * 1e3:+6.2f} ms  "
                 f"{added / base:+.1%}"
             )
-    if options.output is not None:
-        record = {**facts(), "steps": options.steps, "results": results}
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.output, {"steps": options.steps, "results": results})
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from machine import facts
+from machine import argument_parser, positive, write
 from workloads import WORKLOADS
 
 _COMMANDS = {
@@ -58,11 +57,10 @@ def run(arguments: list[str], cache: str | None = None) -> tuple[float, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W3"])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--first-step", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
     if options.first_step:
         first_step(*options.first_step)
@@ -81,9 +79,7 @@ def main() -> None:
                 first, second = json.loads(run(arguments, cache)[1])
                 firsts.append({"workload": name, "case": case, "first": first, "second": second})
                 print(f"{name} {case:23}{first:8.2f} s  (the step after it {second:.2f})")
-    if options.output is not None:
-        record = {**facts(), "commands": times, "first_steps": firsts}
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.output, {"commands": times, "first_steps": firsts})
 
 
 if __name__ == "__main__":

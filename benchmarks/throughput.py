@@ -8,7 +8,6 @@ the rounds. Every variant trains the same shape on the same tokens, with AdamW, 
 no dropout, in one process whose allocator is set alike for all.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from machine import facts
+from machine import argument_parser, existing, facts, positive, write
 from peers import Step, litgpt_model, litgpt_step, nanogpt_step, transformers_step
 from workloads import WORKLOADS, Workload
 
@@ -77,6 +76,7 @@ def measure(variants: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     """Return the seconds a step of each round, every variant in turn."""
     steps_a_round = {}
     for name, step in variants.items():
+        print(f"warming up {name}", flush=True)
         for _ in range(_WARMUP_STEPS):
             step()
         start = time.perf_counter()
@@ -130,29 +130,26 @@ def run(name: str, rounds: int, variants: dict[str, Make]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=["W3"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to compare with")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--nanogpt", type=existing, help="a checkout of nanoGPT, to compare with")
     parser.add_argument(
         "--peers", nargs="+", choices=["litgpt", "transformers"], default=[], help="if installed"
     )
     parser.add_argument(
         "--variants", nargs="+", help="only those of these names, where not all fit into memory"
     )
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
     keep_freed_memory()  # for every variant alike
-    about = facts()
-    print(json.dumps(about))
+    print(json.dumps(facts()))
     variants = variants_of(options.nanogpt, options.peers)
     if options.variants:
         if unknown := set(options.variants) - set(variants):
             parser.error(f"--variants {sorted(unknown)} are unknown; there are {list(variants)}")
         variants = {name: variants[name] for name in options.variants}
     workloads = [run(name, options.rounds, variants) for name in options.workloads]
-    if options.output is not None:
-        options.output.write_text(json.dumps({**about, "workloads": workloads}, indent=1) + "\n")
+    write(options.output, {"workloads": workloads})
 
 
 if __name__ == "__main__":

@@ -66,6 +66,27 @@ def test_it_is_compiled_once_whatever_varies_from_step_to_step(bigram, windows, 
     assert not [warning for warning in recwarn if "runs uncompiled" in str(warning.message)]
 
 
+@pytest.mark.xdist_group("compile")
+def test_too_many_shapes_run_uncompiled_from_there_on_and_say_so_once(bigram, windows):
+    model = bigram()
+    trainer = Trainer(model, TrainingConfig(compile="on"), sinks=[])
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for length in (3, 4):
+            trainer.training_step(windows(length=length))
+        with pytest.warns(UserWarning, match="more than 2 shapes") as caught:
+            trainer.fit([windows(length=length) for length in (5, 6, 3)], num_steps=5)
+    assert len(caught) == 1
+
+
+@pytest.mark.xdist_group("compile")
+def test_other_trainers_of_the_process_do_not_count(bigram, windows, recwarn):
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for vocab_size in (11, 12, 13):
+            trainer = Trainer(bigram(vocab_size=vocab_size), TrainingConfig(compile="on"), sinks=[])
+            trainer.training_step(windows())
+    assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
+
+
 class Untraceable(torch.nn.Module):
     """A model whose forward looks at values, which no single graph can hold."""
 

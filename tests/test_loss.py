@@ -9,6 +9,7 @@ from torch import nn
 import truestep.loss as loss_module
 from truestep import IGNORE_INDEX, DeferredLogits, compute_loss
 from truestep.training.footprint import _Ledger
+from truestep.training.probe import logits_of
 
 
 def random_case(seed, dtype=torch.float32, ignored=0.2):
@@ -288,6 +289,16 @@ def test_deferred_logits_in_float16_have_finite_gradients_near_the_plain_ones():
     exact = loss_and_gradients(plain, hidden.double(), weight.double() * 0.01, targets)
     for mine, true in zip(found, exact, strict=True):
         assert float((mine.double() - true).norm() / true.norm()) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "under"), [(torch.float32, torch.bfloat16), (torch.float64,) * 2]
+)
+def test_deferred_logits_of_a_model_under_autocast_are_multiplied_as_its_head_would(dtype, under):
+    hidden, weight, _ = deferred_case(4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert logits_of(DeferredLogits(hidden, weight)).hidden.dtype == under
+    assert logits_of(DeferredLogits(hidden, weight)).hidden.dtype == dtype
 
 
 def test_deferred_logits_without_a_row_cost_zero():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -470,3 +471,16 @@ def test_an_update_that_fails_leaves_no_flag_on_the_optimizer():
     handle.remove()
     optimizer.step()  # by somebody else, who skips nothing
     assert (parameter < 1).all()
+
+
+def test_trainers_in_two_threads_train_as_alone_and_leave_the_process_as_it_was(bigram, windows):
+    def train(_=None):
+        config = TrainingConfig(precision="bfloat16", compile="off", deterministic="on")
+        trainer = Trainer(bigram(dropout=0.5), config, sinks=[])
+        return [trainer.training_step(windows(seed=step)).loss for step in range(60)]
+
+    alone, state = train(), torch.get_rng_state()
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(train, range(2))) == [alone, alone]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,7 +1,8 @@
 """State that a whole process shares: the only file that touches it.
 
-What a `Trainer` needs for a step is set for that step and put back after it; only the allocator's
-thresholds, which change no result, stay. `truestep train` sets the rest for its own process.
+What a `Trainer` needs for a step is set for that step and put back after it, one step at a time in
+a process; only the allocator's thresholds, which change no result, stay. `truestep train` sets the
+rest for its own process.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +25,9 @@ from truestep.compile_cache import discard_cut_libraries
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+# Held while a step or an evaluation has set what the process shares: other threads' wait.
+EXCLUSIVE = threading.RLock()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -241,21 +246,33 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function into one graph of fixed shapes; what cannot be traced runs as it is.
+    """Compile a function into one graph for each shape; what cannot be traced runs as it is.
 
-    That is said once, by a warning.
+    So does everything from the ninth shape on, since each takes seconds to minutes to compile. That
+    is said once, by a warning.
     """
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     discard_cut_libraries(Path(cache_dir()))
-    fast, works = torch.compile(function, fullgraph=True, dynamic=False), True
+    # Counted for this function alone: not with those of other trainers of the process.
+    compile_: Any = torch.compile  # whose overloads lack the last argument
+    fast = compile_(function, fullgraph=True, dynamic=False, isolate_recompiles=True)
+    works = True
 
     def call(*arguments: Any) -> Any:
         nonlocal works
         if works:
             try:
                 return fast(*arguments)
+            except FailOnRecompileLimitHit:
+                works = False
+                limit = torch._dynamo.config.recompile_limit
+                warnings.warn(
+                    f"more than {limit} shapes of batches were compiled: the model runs uncompiled "
+                    "from here on; pad batches to a few lengths, or set compile=off",
+                    stacklevel=2,
+                )
             except TorchDynamoException as error:
                 works = False
                 reason = " ".join(str(error).split("\n", 2)[:2])  # who raised it, and what

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from truestep.batch import Batch
 from truestep.loss import IGNORE_INDEX, compute_loss
-from truestep.runtime import attention_kernels, computing, module_modes, random_state_kept
+from truestep.runtime import (
+    EXCLUSIVE,
+    attention_kernels,
+    computing,
+    module_modes,
+    random_state_kept,
+)
 from truestep.training.feed import fit_inputs
 from truestep.training.probe import logits_of
 
@@ -46,7 +52,8 @@ def evaluate(
     """
     device = next(model.parameters()).device
     total, num_tokens, num_bytes = 0.0, 0, 0
-    with module_modes(model, training=False), random_state_kept(device), torch.no_grad():
+    modes = module_modes(model, training=False)
+    with EXCLUSIVE, modes, random_state_kept(device), torch.no_grad():
         for given in batches:
             batch = fit_inputs(Batch.of(given), model)
             valid = batch.targets[batch.targets != IGNORE_INDEX]

@@ -25,11 +25,17 @@ class ModelFacts:
 def logits_of(output: Any) -> Tensor | DeferredLogits:
     """Return the logits in what a model's forward returned: they, or an object's `.logits`.
 
+    Under autocast, deferred logits are multiplied in its dtype, as a head would be.
     Errors: TypeError naming what was returned and what is wanted.
     """
     logits = getattr(output, "logits", output)
-    if isinstance(logits, (Tensor, DeferredLogits)):
+    if isinstance(logits, Tensor):
         return logits
+    if isinstance(logits, DeferredLogits):
+        hidden, device_type = logits.hidden, logits.hidden.device.type
+        if hidden.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+            hidden = hidden.to(torch.get_autocast_dtype(device_type))
+        return DeferredLogits(hidden, logits.weight)
     raise TypeError(
         f"the model returned {type(output).__name__}; "
         "its forward must return logits [B, T, V], or an object with .logits"

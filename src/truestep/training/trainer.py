@@ -240,6 +240,7 @@ class Trainer:
     def _step_state(self) -> Iterator[None]:
         """Train mode and deterministic algorithms, for this step only."""
         with (
+            runtime.EXCLUSIVE,
             runtime.module_modes(self.model, training=True),
             runtime.deterministic_algorithms(self.config.deterministic == "on"),
         ):
