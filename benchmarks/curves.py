@@ -9,8 +9,6 @@ curves. `--litgpt` trains litgpt's model of the shape instead of the reference m
 installed.
 """
 
-from pathlib import Path
-
 import torch
 from machine import argument_parser, existing, positive, write
 from peers import litgpt_model

@@ -104,5 +104,6 @@ def _label(axes: Any, unit: str, label: str) -> None:
 
 
 if __name__ == "__main__":
-    for draw in (growth, memory, curves):
-        draw().savefig(FIGURES / f"{draw.__name__}.png")
+    for draw, name in ((growth, "growth"), (memory, "memory-chunk"), (curves, "curves-W1")):
+        if (FIGURES / f"{name}.json").exists():
+            draw().savefig(FIGURES / f"{draw.__name__}.png")

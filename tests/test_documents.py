@@ -65,6 +65,7 @@ def test_the_page_on_reliability_is_made_from_the_tests_and_the_figures():
 def test_the_page_on_performance_is_made_from_the_figures():
     maker = load(ROOT / "docs" / "make_performance.py")
     assert (ROOT / "docs" / "performance.md").read_text() == maker.make_performance()
+    assert maker.readme_rows() in (ROOT / "README.md").read_text()
 
 
 def test_every_link_in_the_documents_leads_to_a_file():
