@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         "evaluation consumes training's randomness",
         "training/evaluate.py",
-        "module_modes(model, training=False), random_state_kept(device), torch.no_grad()",
+        "modes, random_state_kept(device), torch.no_grad()",
         "torch.no_grad()",
         ("test_fit.py",),
     ),
