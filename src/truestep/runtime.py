@@ -123,13 +123,14 @@ def attention_kernels(
 def plain_attention() -> Iterator[None]:
     """Let torch's attention be matrix products in the dtype of its inputs, on any device."""
     flags: Any = torch.backends.cuda
-    before = flags.fp16_bf16_reduction_math_sdp_allowed()
-    flags.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        flags.allow_fp16_bf16_reduction_math_sdp(before)
+    with EXCLUSIVE:  # a model is looked at outside any step, too
+        before = flags.fp16_bf16_reduction_math_sdp_allowed()
+        flags.allow_fp16_bf16_reduction_math_sdp(True)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            flags.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
