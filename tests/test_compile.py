@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from truestep import IGNORE_INDEX, Trainer, TrainingConfig, every, load_checkpoint, save_checkpoint
+from truestep import (
+    IGNORE_INDEX,
+    Trainer,
+    TrainingConfig,
+    every,
+    load_checkpoint,
+    runtime,
+    save_checkpoint,
+)
 
 
 def train(model, windows, compile_, evaluate_every=None):
@@ -104,7 +112,24 @@ def test_a_model_that_cannot_be_compiled_whole_runs_eager_and_says_so_once(bigra
     with pytest.warns(UserWarning, match="runs uncompiled") as caught:
         losses, _ = train(Untraceable(bigram()), windows, "on")
     assert losses == expected
-    assert len(caught) == 1
+    assert sum("runs uncompiled" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeypatch):
+    asked = []
+
+    def compile_(function, options):
+        asked.append(options)
+        if options:
+            raise RuntimeError("unrecognized command-line option")
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    compile_options = runtime.compile_options.__wrapped__  # not its cache
+    assert compile_options(torch.device("cpu")) == {}
+    assert asked == [{"cpp.vec_isa_ok": True}, {}]
+    monkeypatch.setattr(torch, "compile", lambda _, options: compile_(None, {"never": options}))
+    assert compile_options(torch.device("cpu")) is None
 
 
 def test_auto_compiles_long_runs_only(bigram, windows):

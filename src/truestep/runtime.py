@@ -230,23 +230,30 @@ def resolve_compile(
 ) -> bool:
     """Say whether to compile: auto does where a one-line probe compiles and the run is long."""
     if setting == "auto":
-        return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf")) and can_compile(
-            device
-        )
+        worth_it = run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf"))
+        return worth_it and compile_options(device) is not None
     return setting == "on"
 
 
 @functools.cache
-def can_compile(device: torch.device) -> bool:
-    """Say whether one line compiles for the device (a missing compiler or Python.h is common)."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except (RuntimeError, OSError):
-        return False
-    return True
+def compile_options(device: torch.device) -> dict[str, Any] | None:
+    """Return the options by which one line compiles for the device; None where none do.
+
+    A missing compiler or Python.h is common.
+    """
+    # The compiler is trusted to know the processor's vectors: six programs to find that out take 7
+    # of the 43 s of a first step of W3, and where it does not, the line fails as well.
+    attempts: list[dict[str, Any]] = [{"cpp.vec_isa_ok": True}, {}]
+    for options in attempts:
+        try:
+            torch.compile(lambda x: x + 1, options=options)(torch.zeros(1, device=device))
+        except (RuntimeError, OSError):
+            continue
+        return options
+    return None
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Compile a function into one graph for each shape; what cannot be traced runs as it is.
 
     So does everything from the ninth shape on, since each takes seconds to minutes to compile. That
@@ -258,7 +265,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     discard_cut_libraries(Path(cache_dir()))
     # Counted for this function alone: not with those of other trainers of the process.
     compile_: Any = torch.compile  # whose overloads lack the last argument
-    fast = compile_(function, fullgraph=True, dynamic=False, isolate_recompiles=True)
+    options = compile_options(device)
+    fast = compile_(
+        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+    )
     works = True
 
     def call(*arguments: Any) -> Any:

@@ -34,7 +34,7 @@ class ForwardLoss:
 
         self._model, self._precision, self._device = model, precision, device
         self._eager: Callable[..., Tensor] = forward_loss
-        self._call = runtime.compiled(forward_loss) if compiled else forward_loss
+        self._call = runtime.compiled(forward_loss, device) if compiled else forward_loss
 
     def __call__(self, batch: Batch, num_tokens: Int[Tensor, ""]) -> Float[Tensor, ""]:
         """Return this micro-batch's share of the loss, connected to the graph."""
