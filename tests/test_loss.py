@@ -1,6 +1,8 @@
 """Laws 1 to 3 and 6 to 10: the loss against float64, closed forms and its own other paths."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -325,6 +327,33 @@ def test_the_peak_memory_of_deferred_logits_grows_only_by_the_rows_themselves(mo
         peaks[rows] = ledger.peak
     assert peaks[64] > 8 * 4096 * 4
     assert peaks[256] - peaks[64] <= 5 * (256 - 64) * 4 * 4  # copies of hidden and its gradient
+
+
+COMPILED = """
+import resource, sys, torch
+from truestep import DeferredLogits, compute_loss, loss
+
+loss._LOGITS_PER_CHUNK = 4 * 40_000  # four rows
+rows = 4 * int(sys.argv[1])
+hidden = torch.randn(1, rows, 64).bfloat16().requires_grad_()
+weight = torch.randn(40_000, 64).requires_grad_()
+targets = torch.randint(40_000, (1, rows))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+call = torch.compile(lambda: compute_loss(DeferredLogits(hidden, weight), targets), fullgraph=True)
+call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.xdist_group("compile")
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_the_peak_memory_of_compiled_deferred_logits_does_not_grow_with_their_chunks():
+    def peak_kib(chunks):
+        command = [sys.executable, "-W", "ignore", "-c", COMPILED, str(chunks)]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+    of_the_head = 40_000 * 64 * 4 / 1024  # 10 MiB of sums: the compiler kept 20 of these
+    assert peak_kib(80) - peak_kib(4) < 8 * of_the_head
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
