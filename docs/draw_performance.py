@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 FIGURES = Path(__file__).parent / "figures"
 _INK, _FAINT, _GRID = "#1b2430", "#6b7684", "#e6e9ee"
@@ -88,7 +89,20 @@ def _draw(axes: Any, unit: str, label: str, lines: list[Line]) -> None:
         axes.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.6, label=name or None)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    values = lines[0][1]
+    if values[-1] <= 10**6:  # longer numbers read better as powers
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        axes.xaxis.set_major_formatter(_thousands)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(_thousands)
+    axes.yaxis.set_minor_locator(NullLocator())
     _label(axes, unit, label)
+
+
+def _thousands(value: float, _: int) -> str:
+    """Return a mark of an axis: 0.2, 500, 2,000, 66k."""
+    return f"{value / 1000:.0f}k" if value >= 4000 else f"{value:,.6g}"
 
 
 def _label(axes: Any, unit: str, label: str) -> None:

@@ -37,12 +37,12 @@ CURVES = {
     "W3-1e-3": "W3",
     "litgpt": "W3, litgpt's model",
 }
-CURVES_TEXT = """`python benchmarks/curves.py --workload W1 --data TEXT`: 200 steps from the same weights on the same batches of tiny Shakespeare's bytes, in float32 uncompiled and as a user gets it. To agree is to stay within 0.001. Where the learning rate is high the training itself drives two curves apart, whatever the arithmetic: there the control says how far.
+CURVES_TEXT = """`python benchmarks/curves.py --workload W1 --data TEXT`: 200 steps from the same weights on the same batches of tiny Shakespeare's bytes, in float32 uncompiled and as a user gets it. To agree is to stay within 0.001, which W3 does, with the reference model and with litgpt's. Where learning is fast, on W1 and at a higher rate, the training itself drives two curves apart, whatever the arithmetic: float32 from weights moved by a thousandth, about a rounding of bfloat16, goes as far or farther.
 
 | | learning rate | last loss in float32 | here | largest difference of single steps | of means of ten | mean |
 |---|---|---|---|---|---|---|"""
 
-MEMORY_TEXT = """`python benchmarks/memory.py --vocab 4096 16384 50257 131072 --rows 2048 8192`: forward and backward of head and loss in bfloat16, compiled, 256 wide: all logits at once, and deferred. What the process held beyond its inputs at the peak, in MiB, and the least of five times, in ms. Deferred, no more than 2²⁵ logits exist at one time; what still grows with the rows is the hidden states' gradient, with the vocabulary the weight's.
+MEMORY_TEXT = """`python benchmarks/memory.py --vocab 4096 16384 50257 131072 --rows 2048 8192`: forward and backward of head and loss in bfloat16, compiled, 256 wide: all logits at once, and deferred. What the process held beyond its inputs at the peak, in MiB, and the median of seven times, in ms. Deferred, no more than 2²⁵ logits exist at one time; what still grows with the rows is the hidden states' gradient, with the vocabulary the weight's.
 
 | vocabulary | rows | MiB at once | deferred | ms at once | deferred | ratio |
 |---|---|---|---|---|---|---|"""
@@ -54,7 +54,7 @@ MEMORY_PLOT = (
 GROWTH_TEXT = """
 ## How the time of a step grows
 
-`python benchmarks/growth.py`: one size varies at a time around 4 layers of width 128, 16 rows of 256 tokens and 65 ids; each point is the least of several compiled steps. The corpus costs the arithmetic of its order alone.
+`python benchmarks/growth.py`: one size varies at a time around 4 layers of width 128, 16 rows of 256 tokens and 65 ids; each point is the median of several compiled steps. The corpus costs the arithmetic of its order alone, which permutes the next power of four and walks on until it is among the windows: up to four tries for each.
 
 ![time of a step against batch, context, width, vocabulary, micro-batches and corpus](figures/growth.png)
 """
@@ -77,7 +77,7 @@ FIRST_STEP_HEAD = """The first step, with the compiler's cache empty, and filled
 FLOAT32 = """
 ## What is known
 
-In float32 truestep is slower than nanoGPT: RMSNorm, rotary positions and the three matrices of SwiGLU cost more passes over memory than LayerNorm and GELU do, for the same matrix products. In bfloat16, and compiled, that is won back. Compilation takes 20 to 40 seconds the first time; `auto` compiles where the whole run is at least 2·10¹³ FLOPs, about a minute of two cores.
+In float32 truestep is slower than nanoGPT: RMSNorm, rotary positions and the three matrices of SwiGLU cost more passes over memory than LayerNorm and GELU do, for the same matrix products. In bfloat16, and compiled, that is won back. Compilation takes 35 to 50 seconds the first time; `auto` compiles where the whole run is at least 4·10¹³ FLOPs, three to five minutes of two cores. That is where it is earned back: after 1,000 steps of W3 (2·10¹³), 250 of W1 or 290 of W2 (6 to 7·10¹³).
 """
 
 # Single measurements, on the machine above unless another is said; each was taken once, interleaved.
