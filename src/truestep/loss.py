@@ -133,9 +133,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_grad = torch.zeros(weight.shape[::-1], dtype=sum_dtype, device=weight.device)
         hidden_grads: list[Tensor] = []
         for rows, part in _chunks(hidden, labels, len(weight)):
-            before = hidden_grads[-1][0, 0] if hidden_grads else torch.zeros_like(total)
+            if hidden_grads:
+                # Adds nothing. Asked for now, the last chunk's gradient no longer holds the sums
+                # that came with it: the compiler else keeps those of every chunk from the 60th on.
+                total = total + 0 * hidden_grads[-1][0, 0].nan_to_num()
             total, hidden_grad, weight_grad = _chunk_with_gradients(
-                rows, product_weight, part, weight_grad, total, before
+                rows, product_weight, part, weight_grad, total
             )
             hidden_grads.append(hidden_grad)
         ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
@@ -159,14 +162,10 @@ def _chunk_with_gradients(
     labels: Int[Tensor, "M"],
     weight_grad: Float[Tensor, "D V"] | None,
     total: Float[Tensor, ""],
-    before: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "M D"], Float[Tensor, "D V"] | None]:
     """Return `total` with the loss, the gradient of `rows`, and `weight_grad` with what they add.
 
     Added up here, since outside a compiler holds the parts of all chunks to add them at once.
-    `before` is a number of the last chunk's gradient, and without effect: handing it out makes the
-    compiler let go of that chunk's sums. Else it keeps those of every chunk from the 60th on.
-
     Softmax minus one-hot enters the products unnormalised, which saves a pass over the logits: what
     divides it belongs to a row.
     """
@@ -190,7 +189,7 @@ def _chunk_with_gradients(
     if weight_grad is not None:
         # This way round: 198 GFLOP/s, not 165, where V is no multiple of 64 (bfloat16, Zen 4).
         weight_grad = weight_grad + (rows.to(sum_dtype) * share).to(rows.dtype).T @ exps
-    return total + losses.sum() + 0 * before.nan_to_num(), hidden_grad, weight_grad
+    return total + losses.sum(), hidden_grad, weight_grad
 
 
 def _check(logits: Tensor | DeferredLogits, targets: Tensor) -> None:
