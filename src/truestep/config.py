@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from truestep.settings import (
     Config,
     cosmetic,
     read_environment,
     read_settings_file,
+    shown,
     trajectory,
     validate,
     without_auto,
@@ -23,6 +24,8 @@ from truestep.settings import (
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+_LEAST_BPE, _MOST_BPE = 257, 2**20  # every byte and the end of a document; enough for any text
 
 
 class TrainingConfig(Config):
@@ -179,11 +182,24 @@ class DataConfig(Config):
     validation: str = cosmetic("auto")
     """A text file or directory to validate on; auto: a tenth of the source, held out."""
 
-    tokenizer: Literal["bytes"] = trajectory("bytes")
-    """How text becomes token ids: one a byte."""
+    tokenizer: str = trajectory("auto")
+    """bytes, or bpe-N: N byte pairs learnt from the source. auto: as it was prepared, or bytes."""
 
     batch_size: int = trajectory(16, gt=0)
     """Windows in the global batch of one update."""
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _check_tokenizer(cls, name: str) -> str:
+        kind, _, size = name.partition("-")
+        if name not in {"auto", "bytes"} and not (
+            kind == "bpe" and size.isdecimal() and _LEAST_BPE <= int(size) <= _MOST_BPE
+        ):
+            raise ValueError(
+                f"tokenizer={shown(name)} must be auto, bytes or bpe-N, where N is {_LEAST_BPE} to "
+                f"{_MOST_BPE} ids; try bpe-4096"
+            )
+        return name
 
 
 class RunSettings(Config):

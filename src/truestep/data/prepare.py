@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from truestep.data.bpe import BytePairs, BytePairTokenizer
 from truestep.data.corpus import CorpusError, Document, Say, find_documents
 from truestep.data.shards import SHARD_TOKENS, write_split
-from truestep.data.tokenizer import Tokenizer
+from truestep.data.tokenizer import DEFINITION, Tokenizer
 from truestep.data.tokens import (
     FORMAT,
     FORMAT_VERSION,
@@ -57,7 +58,7 @@ def prepare(
     source: str,
     target: Path,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | BytePairs,
     validation: str = "auto",
     storage: Storage = LOCAL,
     shard_tokens: int = SHARD_TOKENS,
@@ -90,7 +91,7 @@ def prepare_once(
     source: str,
     cache: Path,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | BytePairs,
     validation: str = "auto",
     storage: Storage = LOCAL,
     shard_tokens: int = SHARD_TOKENS,
@@ -129,7 +130,8 @@ def prepare_once(
             if not (target / MANIFEST).is_file():  # else another process was faster
                 raise
     try:
-        found = open_prepared(target, tokenizer).fingerprint
+        known = None if isinstance(tokenizer, BytePairs) else tokenizer
+        found = open_prepared(target, known).fingerprint
     except StorageError as error:
         raise StorageError(f"{error}; remove {target} to prepare it again") from None
     if found != survey.fingerprint:
@@ -150,7 +152,7 @@ def _check_writable(target: Path, storage: Storage) -> None:
         raise StorageError(f"{target}: cannot be written: {reason}; use another place") from None
 
 
-def _survey(source: str, validation: str, tokenizer: Tokenizer, say: Say) -> _Survey:
+def _survey(source: str, validation: str, tokenizer: Tokenizer | BytePairs, say: Say) -> _Survey:
     if is_prepared(source):
         raise CorpusError(f"source={source!r} is already prepared; give the text it came from")
     documents = _hash_all("source", source, say)
@@ -262,12 +264,18 @@ def _write(
     survey: _Survey,
     target: Path,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | BytePairs,
     storage: Storage,
     shard_tokens: int,
     say: Say,
 ) -> PreparedData:
+    if isinstance(tokenizer, BytePairs):
+        say(f"learning {tokenizer.vocab_size:,} byte pairs from the text to train on")
+        texts = (piece for member in survey.splits["train"] for piece in member.document.pieces())
+        tokenizer = tokenizer.learn(texts)
     with DirectoryWriter(target, storage) as writer:
+        if isinstance(tokenizer, BytePairTokenizer):
+            writer.write(DEFINITION, [tokenizer.definition])
         records: dict[str, SplitRecord] = {}
         for split, members in survey.splits.items():
             documents = ((member.document.name, _encoded(member, tokenizer)) for member in members)

@@ -1,12 +1,18 @@
 """Text to token ids and back."""
 
-import codecs
 import hashlib
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int64
 from numpy.typing import ArrayLike
+
+from truestep.data.bpe import BytePairs, BytePairTokenizer
+from truestep.data.pieces import checked_ids, decode_bytes, pieces_of
+from truestep.storage import FileRecord, StorageError, read_file
+
+DEFINITION = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
@@ -79,42 +85,43 @@ class ByteTokenizer:
 
         Errors: ValueError for an id that is not a byte.
         """
-        return self._bytes(ids).replace(b"\0", b"").decode(errors="replace")
+        return decode_bytes(self._bytes(ids))
 
     def pieces(self, ids: ArrayLike) -> list[str]:
         """Return the text that each of `ids` adds; a broken character stands at its last byte.
 
         Errors: ValueError for an id that is not a byte.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces: list[str] = []
-        last = 0  # the last byte of text: what it began may turn out to be broken
-        for byte in self._bytes(ids):
-            pieces.append("")
-            if byte == self.end_of_document:
-                continue
-            text = decoder.decode(bytes([byte]))
-            if text and (len(text) > 1 or decoder.getstate()[0]):
-                pieces[last], text = text[0], text[1:]  # what was begun is broken: U+FFFD
-            last = len(pieces) - 1
-            pieces[last] = text
-        if rest := decoder.decode(b"", final=True):
-            pieces[last] = rest
-        return pieces
+        return pieces_of(self._bytes(ids))
 
-    def _bytes(self, ids: ArrayLike) -> bytes:
-        values = np.asarray(ids).reshape(-1)
-        if values.size and not 0 <= values.min() <= values.max() < self.vocab_size:
-            wrong = values[(values < 0) | (values >= self.vocab_size)][0]
-            raise ValueError(f"token id {wrong} is not a byte; ids must be 0 to 255")
-        return values.astype(np.uint8).tobytes()
+    def _bytes(self, ids: ArrayLike) -> list[bytes]:
+        values = checked_ids(ids, self.vocab_size)
+        return [bytes([byte]) if byte != self.end_of_document else b"" for byte in values]
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer of that name.
+def find_tokenizer(name: str) -> Tokenizer | BytePairs:
+    """Return the tokenizer of that name, or what it is to be learnt by.
 
     Errors: ValueError for a name that is unknown.
     """
-    if name != ByteTokenizer.name:
-        raise ValueError(f"tokenizer={name!r} is not known; use {ByteTokenizer.name!r}")
-    return ByteTokenizer()
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    kind, _, size = name.partition("-")
+    if kind == "bpe" and size.isdecimal():
+        return BytePairs(int(size))
+    raise ValueError(f"tokenizer={name!r} is not known; use bytes, or bpe-N for N ids")
+
+
+def load_tokenizer(name: str, directory: Path, record: FileRecord | None = None) -> Tokenizer:
+    """Return the tokenizer of that name; one that was learnt lies in `directory`, by DEFINITION.
+
+    Errors: ValueError for a name that is unknown; StorageError for a file that does not serve.
+    """
+    tokenizer = find_tokenizer(name)
+    if not isinstance(tokenizer, BytePairs):
+        return tokenizer
+    path = directory / DEFINITION
+    try:
+        return BytePairTokenizer(name, read_file(path, record))
+    except ValueError as error:
+        raise StorageError(f"{path}: {error}") from None

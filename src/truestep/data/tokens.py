@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from truestep.data.tokenizer import Tokenizer, load_tokenizer
+from truestep.data.tokenizer import DEFINITION, Tokenizer, load_tokenizer
 from truestep.storage import (
     MANIFEST,
     FileRecord,
@@ -241,7 +241,8 @@ def open_prepared(directory: Path, tokenizer: Tokenizer | None = None) -> Prepar
         raise StorageError(f"{path}: {field}: {detail['msg'].lower()}") from None
     if tokenizer is None:
         try:
-            tokenizer = load_tokenizer(checked.tokenizer.name)
+            record = files.get(DEFINITION)
+            tokenizer = load_tokenizer(checked.tokenizer.name, directory, record)
         except ValueError as error:
             raise StorageError(f"{path}: {error}") from None
     expected = {

@@ -1,6 +1,7 @@
 """From the settings of a run to what it trains with: data, batches, model, trainer."""
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 
 import truestep
 from truestep import runtime
-from truestep.config import RunConfig
+from truestep.config import GPTConfig, RunConfig
 from truestep.data.corpus import Say
 from truestep.data.loader import WindowLoader
 from truestep.data.prepare import prepare_once
-from truestep.data.tokenizer import load_tokenizer
+from truestep.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer
 from truestep.data.tokens import PreparedData, open_prepared
+from truestep.machine import processor_name
 from truestep.model.gpt import GPT
 from truestep.training.trainer import Trainer
 from truestep.workflows.run import RunError
@@ -51,6 +53,12 @@ def build(config: RunConfig, runs: Path, say: Say) -> Training:
     """
     threads = runtime.configure_process(config.run.threads)
     data = open_data(config, runs, say)
+    config = config.model_copy(
+        update={
+            "model": _with_vocabulary(config.model, data.tokenizer),
+            "data": config.data.model_copy(update={"tokenizer": data.tokenizer.name}),
+        }
+    )
     loader = WindowLoader(
         data.train,
         context_length=config.model.context_length,
@@ -79,18 +87,21 @@ def build_trainer(config: RunConfig) -> tuple[GPT, Trainer]:
     Errors: ValueError for settings that do not go together, or a device that is not there.
     """
     device = runtime.resolve_device(config.run.device)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    vocab_size = config.model.vocab_size
-    if vocab_size == "auto":
-        vocab_size = tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise RunError(
-            f"model.vocab_size={vocab_size} is smaller than the {tokenizer.vocab_size} ids of "
-            f"tokenizer {tokenizer.name!r}; leave it at auto"
-        )
     with runtime.seeded(torch.device("cpu"), config.training.seed, "initial weights"):
-        model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}))
+        model = GPT(config.model)
     return model, Trainer(model, config.training, device=device, sinks=())
+
+
+def _with_vocabulary(shape: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """Return the shape with room for every id. Errors: RunError if it was told to have less."""
+    if shape.vocab_size == "auto":
+        return shape.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise RunError(
+            f"model.vocab_size={shape.vocab_size} is smaller than the {tokenizer.vocab_size} ids "
+            f"of tokenizer {tokenizer.name!r}; leave it at auto"
+        )
+    return shape
 
 
 def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
@@ -98,28 +109,47 @@ def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
 
     Errors: CorpusError or StorageError for a source that does not serve.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    name, source = config.data.tokenizer, config.data.source
     directory = prepare_once(
-        config.data.source,
+        source,
         runs / ".data",
-        tokenizer=tokenizer,
+        tokenizer=ByteTokenizer() if name == "auto" else find_tokenizer(name),
         validation=config.data.validation,
         say=say,
     )
-    return open_prepared(directory, tokenizer)
+    data = open_prepared(directory)
+    if name not in {"auto", data.tokenizer.name}:
+        raise RunError(
+            f"data.tokenizer={name}, but {source} was prepared with {data.tokenizer.name}; leave "
+            "it at auto, or prepare the text again"
+        )
+    return data
 
 
-def require_same_text(saved: str, fingerprint: str, source: str) -> None:
-    """Refuse other text than a run began with.
+def data_facts(source: str, data: PreparedData) -> dict[str, str]:
+    """Return what must be the same wherever a run goes on, and the name for it."""
+    return {
+        "data_source": source,
+        "data_fingerprint": data.fingerprint,
+        "tokenizer_fingerprint": data.tokenizer.fingerprint,
+    }
+
+
+def require_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse other text, or other ids for it, than a run began with; both are `data_facts`.
 
     Errors: RunError naming the source and both fingerprints.
     """
-    if saved != fingerprint:
-        raise RunError(
-            f"data.source={source} is not the text this run began with, or a file has another name "
-            f"(fingerprint {saved[:12]}, now {fingerprint[:12]}); restore it, "
-            "or start a new run"
-        )
+    for name, what, reason in (
+        ("data_fingerprint", "text", "or a file has another name"),
+        ("tokenizer_fingerprint", "tokenizer", "or its library another version"),
+    ):
+        before, after = str(saved.get(name, now[name])), now[name]
+        if before != after:
+            raise RunError(
+                f"data.source={now['data_source']} is not the {what} this run began with, {reason} "
+                f"(fingerprint {before[:12]}, now {after[:12]}); restore it, or start a new run"
+            )
 
 
 def _absolute_paths(config: RunConfig) -> dict[str, str]:
@@ -135,11 +165,10 @@ def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str,
         "truestep": truestep.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {runtime.processor_name()}",
+        "machine": f"{platform.system()} {platform.machine()}, {processor_name()}",
         "device": str(trainer.device),
         "precision": trainer.precision,
-        "data_source": config.data.source,
-        "data_fingerprint": data.fingerprint,
+        **data_facts(config.data.source, data),
         "train_tokens": len(data.train),
         "validation_tokens": len(data.validation),
         "num_parameters": parameters,

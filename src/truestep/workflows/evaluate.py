@@ -14,7 +14,7 @@ from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import dtype_of, is_prepared, open_prepared
 from truestep.observe.text import count
 from truestep.training.evaluate import Evaluation, evaluate
-from truestep.workflows.build import open_data, require_same_text
+from truestep.workflows.build import data_facts, open_data, require_same_data
 from truestep.workflows.run import load_trained
 
 
@@ -48,9 +48,7 @@ def evaluate_run(
     data: Tokens
     if source is None:
         prepared = open_data(trained.config, directory.parent, say)
-        require_same_text(
-            trained.facts["data_fingerprint"], prepared.fingerprint, trained.config.data.source
-        )
+        require_same_data(trained.facts, data_facts(trained.config.data.source, prepared))
         data, name = prepared.validation, "its validation text"
     elif is_prepared(source):
         data, name = (

@@ -17,7 +17,7 @@ from truestep.workflows.build import (
     Training,
     build,
     build_trainer,
-    require_same_text,
+    require_same_data,
     say_what_changed,
 )
 from truestep.workflows.history import config_at, count_skipped, next_change, settings_of
@@ -140,8 +140,7 @@ def training_at(directory: Path, step: int, say: Say) -> Training:
     training = build(config_at(directory, step + 1), directory.parent, say)
     trainer = training.trainer
     facts = training.facts
-    text = read_run_facts(directory).get("data_fingerprint", facts["data_fingerprint"])
-    require_same_text(text, facts["data_fingerprint"], facts["data_source"])
+    require_same_data(read_run_facts(directory), facts)
     before = [found for found in list_checkpoints(directory / CHECKPOINTS) if found[0] <= step]
     for _, path in reversed(before):
         try:
@@ -150,9 +149,7 @@ def training_at(directory: Path, step: int, say: Say) -> Training:
             say(f"{error}; trying the checkpoint before it")
             continue
         settings_of(path, saved)
-        require_same_text(
-            saved["data_fingerprint"], facts["data_fingerprint"], facts["data_source"]
-        )
+        require_same_data(saved, facts)
         say_what_changed(saved, training.facts, say)
         say(f"starting from {path}")
         break

@@ -1,7 +1,10 @@
 """What a run needs of the machine, known before it is built."""
 
-from truestep.config import GPTConfig, RunConfig
-from truestep.data.tokenizer import load_tokenizer
+from pathlib import Path
+
+from truestep.config import DataConfig, GPTConfig, RunConfig
+from truestep.data.tokenizer import ByteTokenizer, find_tokenizer
+from truestep.data.tokens import is_prepared, open_prepared
 from truestep.model.gpt import resolve_shape
 
 _FLOAT32_BYTES = 4
@@ -27,10 +30,19 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """Return what one checkpoint of a run holds at least: parameters and moments in float32."""
     shape = config.model
     if shape.vocab_size == "auto":
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+        vocab_size = _vocab_size(config.data)
         shape = shape.model_copy(update={"vocab_size": vocab_size})
     copies = 3 if config.training.optimizer == "adamw" else 2  # Muon has one moment, not two
     return _FLOAT32_BYTES * copies * count_parameters(shape)
+
+
+def _vocab_size(data: DataConfig) -> int:
+    """Return how many ids the tokenizer has, or at most will have."""
+    if is_prepared(data.source):
+        return open_prepared(Path(data.source)).tokenizer.vocab_size
+    if data.tokenizer == "auto":
+        return ByteTokenizer.vocab_size
+    return find_tokenizer(data.tokenizer).vocab_size
 
 
 def num_checkpoints(config: RunConfig) -> int:

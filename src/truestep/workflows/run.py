@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from truestep.checkpoint.commit import (
 )
 from truestep.checkpoint.state import load_model
 from truestep.config import RunConfig, RunSettings
+from truestep.data.bpe import BytePairTokenizer
 from truestep.data.corpus import Say
-from truestep.data.tokenizer import Tokenizer, load_tokenizer
+from truestep.data.tokenizer import DEFINITION, Tokenizer, load_tokenizer
 from truestep.model.generate import generate
 from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
@@ -175,8 +177,12 @@ def _refuse_what_leads_elsewhere(directory: Path) -> None:
             )
 
 
-def write_run_files(directory: Path, config: RunConfig, facts: dict[str, Any]) -> None:
-    """Write a run's resolved settings and the facts about it, each whole or not at all."""
+def write_run_files(
+    directory: Path, config: RunConfig, facts: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Write a run's tokenizer, facts and resolved settings, each whole or not at all."""
+    if isinstance(tokenizer, BytePairTokenizer):
+        replace_file(LOCAL, directory / DEFINITION, tokenizer.definition)
     manifest = json.dumps(facts, indent=1, ensure_ascii=True)
     replace_file(LOCAL, directory / MANIFEST, manifest.encode())
     settings = tomli_w.dumps(config.model_dump(mode="json"))
@@ -196,6 +202,21 @@ def read_run_config(directory: Path) -> RunConfig:
     """Return the resolved settings that a run was made with."""
     path = directory / CONFIG
     return validate(RunConfig, {str(path): read_settings_file(path)})
+
+
+def read_tokenizer(directory: Path, config: RunConfig, facts: Mapping[str, Any]) -> Tokenizer:
+    """Return a run's tokenizer; `facts` are those of a checkpoint.
+
+    Errors: RunError or StorageError for another than the run began with.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer, directory)
+    saved = str(facts.get("tokenizer_fingerprint", tokenizer.fingerprint))
+    if tokenizer.fingerprint != saved:
+        raise RunError(
+            f"{directory / DEFINITION} is not the tokenizer this run began with (fingerprint "
+            f"{saved[:12]}, now {tokenizer.fingerprint[:12]}); restore it"
+        )
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -226,7 +247,7 @@ def load_trained(
         except DamagedCheckpointError as error:
             say(f"{error}; trying the checkpoint before it")
             continue
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = read_tokenizer(directory, config, facts)
         return TrainedModel(directory, config, model, tokenizer, step, facts)
     raise RunError(
         f"{directory} has no good checkpoint"

@@ -23,7 +23,7 @@ from truestep.shell import command
 from truestep.storage import DISK_FULL, StorageError, explain
 from truestep.training.guard import NonFiniteError
 from truestep.training.trainer import Trainer
-from truestep.workflows.build import Training, build, require_same_text, say_what_changed
+from truestep.workflows.build import Training, build, require_same_data, say_what_changed
 from truestep.workflows.history import (
     count_skipped,
     logged_up_to,
@@ -88,7 +88,7 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
         stack.enter_context(RunLock(directory))
         if existing is not None:
             _go_on(training, directory, say)
-        write_run_files(directory, training.config, training.facts)
+        write_run_files(directory, training.config, training.facts, training.data.tokenizer)
         session = stack.enter_context(Session(directory, training))
         pin_memory = trainer.device.type == "cuda"
         batches = stack.enter_context(Prefetch(training.loader, pin_memory=pin_memory))
@@ -154,9 +154,7 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
     if newest is not None:
         saved = load_checkpoint(newest, trainer)
         before = settings_of(newest, saved)
-        require_same_text(
-            saved["data_fingerprint"], facts["data_fingerprint"], facts["data_source"]
-        )
+        require_same_data(saved, facts)
         say_what_changed(saved, facts, say)
         record_changes(directory, trainer.step, before, training.config)
         trainer.skipped_in_a_row = count_skipped(directory, trainer.step)

@@ -10,6 +10,7 @@ from truestep.checkpoint.commit import list_checkpoints, verify_checkpoint
 from truestep.checkpoint.state import load_checkpoint, read_facts
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
+from truestep.data.tokenizer import DEFINITION
 from truestep.data.tokens import FORMAT, FORMAT_VERSION, is_prepared, open_prepared
 from truestep.observe.log import METRICS, read_metrics, read_records
 from truestep.observe.text import count
@@ -31,6 +32,7 @@ from truestep.workflows.run import (
     RunError,
     read_run_config,
     read_run_facts,
+    read_tokenizer,
 )
 
 _IDS_AT_A_TIME = 2**20
@@ -74,6 +76,8 @@ def _run_checks(run: Path) -> Iterator[Check]:
     yield CONFIG, lambda: _check_settings(run)
     yield MANIFEST, lambda: _check_facts(run)
     yield METRICS, lambda: _check_log(run, max(saved, default=0))
+    if (run / DEFINITION).exists():
+        yield DEFINITION, lambda: _check_tokenizer(run)
     if (run / CHANGES).exists():
         yield CHANGES, partial(_count_records, run / CHANGES, "change")
     yield SAMPLES, partial(_count_records, run / SAMPLES, "sample")
@@ -96,6 +100,11 @@ def _check_settings(run: Path) -> str:
             f"{shown(saved)}; restore it"
         )
     return "valid, and those the run was saved with"
+
+
+def _check_tokenizer(run: Path) -> str:
+    tokenizer = read_tokenizer(run, read_run_config(run), read_run_facts(run))
+    return f"{count(tokenizer.vocab_size, 'id')}, and the one the run began with"
 
 
 def _check_facts(run: Path) -> str:
