@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import truestep
-from truestep.runtime import processor_name, resolve_device
+from truestep.machine import processor_name
+from truestep.runtime import resolve_device
 
 _PEERS = ("litgpt", "transformers", "lightning")
 

@@ -30,7 +30,7 @@ _REPEATS = 7
 def measure(form: str, rows: int, vocab: int, logits_per_chunk: int) -> dict[str, Any]:
     """Return the peak in bytes and the median seconds of one case, in this process."""
     keep_freed_memory()  # as every Trainer does
-    loss_module._LOGITS_PER_CHUNK = logits_per_chunk
+    loss_module.LOGITS_PER_CHUNK = logits_per_chunk
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, rows, WIDTH, generator=generator).bfloat16().requires_grad_()
     weight = (torch.randn(vocab, WIDTH, generator=generator) / 16).requires_grad_()

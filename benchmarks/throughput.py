@@ -23,7 +23,8 @@ from peers import Step, litgpt_model, litgpt_step, nanogpt_step, transformers_st
 from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig
-from truestep.runtime import keep_freed_memory, measure_peak_flops, resolve_device
+from truestep.machine import measure_peak_flops
+from truestep.runtime import keep_freed_memory, resolve_device
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["on", "off"]

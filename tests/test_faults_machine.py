@@ -21,7 +21,7 @@ from truestep.batch import Batch
 from truestep.cli import main
 from truestep.config import resolve
 from truestep.runtime import computing
-from truestep.training.footprint import step_bytes
+from truestep.training.footprint import footprint
 from truestep.workflows.memory import (
     MemoryExhaustedError,
     explain_out_of_memory,
@@ -221,8 +221,8 @@ def test_the_memory_of_a_step_is_what_torchs_profiler_counts(shape, precision):
     events = profiled.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     peak = np.cumsum([nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])]).max()
-    assert step_bytes(model, batch, 6, precision) == pytest.approx(peak, rel=1e-3)
-    assert step_bytes(model, batch, 2, precision) < 0.6 * peak
+    assert footprint(model, batch, 6, precision).total == pytest.approx(peak, rel=1e-3)
+    assert footprint(model, batch, 2, precision).total < 0.6 * peak
 
 
 def allocate(function):

@@ -17,6 +17,7 @@ LEVELS = {
     "metrics": 0,
     "shell": 0,
     "storage": 0,
+    "machine": 1,
     "runtime": 1,
     "data": 1,
     "model": 1,

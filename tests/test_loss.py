@@ -168,7 +168,7 @@ def plain(hidden, weight):
 def test_deferred_logits_agree_with_plain_logits_in_value_and_gradient(
     rows, logits_at_a_time, monkeypatch
 ):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", logits_at_a_time)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", logits_at_a_time)
     case = deferred_case(rows)
     results = [loss_and_gradients(form, *case) for form in (DeferredLogits, plain)]
     for chunked, whole in zip(*results, strict=True):
@@ -177,7 +177,7 @@ def test_deferred_logits_agree_with_plain_logits_in_value_and_gradient(
 
 @pytest.mark.parametrize("backend", [None, "inductor"])
 def test_deferred_logits_in_bfloat16_are_as_near_to_float64_as_plain_ones(backend, monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 512 * 90)  # the last has fewer rows
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 512 * 90)  # the last has fewer rows
     hidden, weight, targets = deferred_case(600, dtype=torch.bfloat16, vocab=512, width=64)
     weight = weight.bfloat16().float()  # exact in both, so that only the computation differs
     exact = loss_and_gradients(plain, hidden.double(), weight.double(), targets)
@@ -242,7 +242,7 @@ def test_ignored_rows_of_deferred_logits_get_exactly_no_gradient():
 @pytest.mark.parametrize("backend", [None, "inductor"])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_half_of_deferred_logits_may_be_frozen(frozen, backend, monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 31 * 16)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 31 * 16)
     hidden, weight, targets = deferred_case(40)
     _, hidden_grad, weight_grad = loss_and_gradients(plain, hidden, weight, targets)
     hidden.requires_grad_(frozen != "hidden")
@@ -318,7 +318,7 @@ def test_deferred_logits_are_differentiated_once_and_refuse_a_second_time():
 
 
 def test_the_peak_memory_of_deferred_logits_grows_only_by_the_rows_themselves(monkeypatch):
-    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 4096 * 8)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 4096 * 8)
     peaks = {}
     for rows in (64, 256):
         case = deferred_case(rows, dtype=torch.float32, vocab=4096, width=4)

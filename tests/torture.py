@@ -24,8 +24,6 @@ from kills import random_kills
 from power_loss import lose_power
 from sweep import sweep
 
-from truestep import runtime
-
 _FAULTS = ("kill", "disk full", "error after the effect", "short write")
 _EVERY_SECONDS = 3.0
 
@@ -152,7 +150,7 @@ def main() -> int:
     if options.output is not None and not interrupted:
         record = {
             **source,
-            "machine": f"{platform.system()} {platform.machine()}, {runtime.processor_name()}",
+            "machine": f"{platform.system()} {platform.machine()}, {processor_name()}",
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("truestep", "torch", "numpy", "safetensors")},

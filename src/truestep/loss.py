@@ -11,7 +11,7 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 # Logits that exist at one time: 128 MiB in float32, compiled.
-_LOGITS_PER_CHUNK = 2**25
+LOGITS_PER_CHUNK = 2**25
 
 
 class DeferredLogits(NamedTuple):
@@ -86,7 +86,7 @@ def _chunks(
     hidden: Float[Tensor, "N D"], labels: Int[Tensor, "N"], vocab_size: int
 ) -> Iterator[tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]]:
     """Cut rows and labels into parts whose logits are small enough to exist at one time."""
-    count = max(1, -(-len(hidden) * vocab_size // _LOGITS_PER_CHUNK))
+    count = max(1, -(-len(hidden) * vocab_size // LOGITS_PER_CHUNK))
     return zip(hidden.chunk(count), labels.chunk(count), strict=True)
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,27 +302,6 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
-
-
-def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best rate, in FLOP/s, of a few square matrix products on random data."""
-    size = 2048 if device.type == "cpu" else 8192
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(size, size, generator=generator).to(device, dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        product = matrix @ matrix
-        _ = product[0, 0].item()  # waits for an accelerator
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
-
-
-def processor_name() -> str:
-    """Return what the processor is called, and how many cores torch sees."""
-    capabilities = torch.cpu.get_capabilities()
-    name, cores = capabilities.get("cpu_name", "CPU"), capabilities.get("num_physical_cores", "?")
-    return f"{name}, {cores} cores"
 
 
 def configure_process(threads: int | Literal["auto"]) -> int:

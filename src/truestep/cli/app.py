@@ -12,6 +12,7 @@ from truestep.settings import ConfigError
 
 _COMMANDS = {
     "train": "Train a model on text, or go on with a run.",
+    "plan": "Say what a run will cost and whether it fits.",
     "prepare": "Turn text into a directory of token shards.",
     "sample": "Let a trained model write.",
     "evaluate": "Measure a trained model's loss and bits per byte.",

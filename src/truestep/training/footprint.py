@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from truestep.batch import Batch
-from truestep.loss import compute_loss
+from truestep.loss import LOGITS_PER_CHUNK, DeferredLogits, compute_loss
 from truestep.runtime import attention_kernels, computing, module_modes
 from truestep.training.probe import logits_of
 
@@ -45,19 +45,27 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # untyped in 
         self._now -= self._held.pop(identity)
 
 
-def step_bytes(
+class Footprint(NamedTuple):
+    """Bytes of one micro-batch: all its tensors, and the logits among them, in float32."""
+
+    total: int
+    logits: int
+
+
+def footprint(
     model: nn.Module, batch: Batch, size: int, precision: Literal["float32", "bfloat16"]
-) -> int:
+) -> Footprint:
     """Return the most that forward, loss and backward of a micro-batch hold at one time.
 
     That is every tensor beside parameters and batch, gradients included, when not compiled; `batch`
-    gives the length, `size` the rows. Nothing is computed: fake tensors have only shapes.
+    gives the length, `size` the rows, also more than it has. Nothing is computed: fake tensors have
+    only shapes.
 
     Errors: RuntimeError or AssertionError for a model that does not run so, because what it does
     depends on the values.
     """
     device = next(model.parameters()).device
-    rows = next(batch.split(size))
+    rows = _rows(batch, size)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with module_modes(model, training=True), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         state = {
@@ -70,7 +78,61 @@ def step_bytes(
         with attention, _Ledger([*state.values(), tokens, targets, *inputs.values()]) as ledger:
             with computing(precision, device):
                 output = torch.func.functional_call(model, state, (tokens,), inputs)
-            loss = compute_loss(logits_of(output), targets)
+            logits = logits_of(output)
+            loss = compute_loss(logits, targets)
             loss.backward()  # type: ignore[no-untyped-call] # untyped in torch
-    peak: int = ledger.peak
-    return peak
+    count = logits.shape.numel()
+    if isinstance(logits, DeferredLogits):
+        count = min(count, LOGITS_PER_CHUNK)
+    return Footprint(ledger.peak, 4 * count)
+
+
+def _rows(batch: Batch, size: int) -> Batch:
+    """Return a batch of so many rows like the first ones."""
+    index = torch.arange(size) % len(batch.tokens)
+    inputs = {name: value[index.to(value.device)] for name, value in batch.inputs.items()}
+    index = index.to(batch.tokens.device)
+    return Batch(batch.tokens[index], batch.targets[index], inputs)
+
+
+# The resident memory of a step on a CPU was 1.2 times the sum of its tensors: allocators round up.
+_WASTE = 1.25
+
+
+def needed_bytes(
+    model: nn.Module, batch: Batch, size: int, precision: Literal["float32", "bfloat16"]
+) -> int:
+    """Return what a micro-batch takes of the machine, allocators included. Errors: as above."""
+    return int(_WASTE * footprint(model, batch, size, precision).total)
+
+
+def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return what training takes beside a micro-batch: moments, gradients, a copy to be saved."""
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    copy = 3 * parameters if next(model.parameters()).device.type == "cpu" else 0
+    accumulated = parameters  # the gradients of the micro-batches before
+    return max(0, 2 * parameters - moment_bytes(optimizer)) + copy + accumulated
+
+
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return what an optimizer's state takes by now."""
+    values = [value for entries in optimizer.state.values() for value in entries.values()]
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def largest_micro_batch(
+    model: nn.Module, batch: Batch, room: int, precision: Literal["float32", "bfloat16"]
+) -> int:
+    """Return the most rows, to one in fifty, of a micro-batch that takes up to `room` bytes.
+
+    0 if not even one does. Errors: as for `footprint`.
+    """
+    low, high = 0, 1
+    while (needed := needed_bytes(model, batch, high, precision)) <= room:
+        # Nearly proportional: the next guess lies just above what fits.
+        low, high = high, max(high + 1, high * room // needed + high // 50)
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        fits = needed_bytes(model, batch, middle, precision) <= room
+        low, high = (middle, high) if fits else (low, middle)
+    return low

@@ -16,15 +16,10 @@ from truestep.observe.text import format_bytes
 from truestep.shell import command
 
 if TYPE_CHECKING:  # an error is explained without waiting for torch
-    import torch
-
     from truestep.batch import Batch
     from truestep.training.trainer import Trainer
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
-# The resident memory of a step on a CPU was 1.2 times the sum of its tensors: allocators round up.
-_WASTE = 1.25
-_HEAP_BYTES = 256 * 2**20  # glibc's heap grows by so much at a time: runtime.keep_freed_memory
 
 
 class MemoryExhaustedError(RuntimeError):
@@ -61,8 +56,11 @@ def memory_explained(trainer: "Trainer", batch: "Batch", directory: Path) -> Ite
     those to come. What the failed step held is given back before the error leaves.
     Errors: MemoryExhaustedError.
     """
+    from truestep.machine import free_bytes
+    from truestep.training.footprint import bytes_to_come
+
     free = free_bytes(trainer.device)
-    room = None if free is None else max(0, free - _bytes_to_come(trainer))
+    room = None if free is None else max(0, free - bytes_to_come(trainer.model, trainer.optimizer))
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -84,12 +82,12 @@ def _advice(
     trainer: "Trainer", batch: "Batch", size: int, room: int | None, directory: Path
 ) -> str:
     """Return what would fit, in figures, and the command to go on with."""
-    from truestep.training.footprint import step_bytes
+    from truestep.training.footprint import needed_bytes
 
     sizes = [n for n in range(1, size) if len(batch.tokens) % n == 0]
 
     def needed(size: int) -> int:
-        return int(_WASTE * step_bytes(trainer.model, batch, size, trainer.precision))
+        return needed_bytes(trainer.model, batch, size, trainer.precision)
 
     try:
         least = needed(1)
@@ -112,40 +110,3 @@ def _advice(
             *("--override", "training.micro_batch_size"),
         )
     )
-
-
-def free_bytes(device: "torch.device") -> int | None:
-    """Return how much memory the process may still take on a device; None where nobody says."""
-    if device.type == "cuda":
-        import torch
-
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    except (ImportError, OSError):  # not Linux
-        return None
-    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        free = min(free, limit - pages * resource.getpagesize())
-    return int(max(0, free - _HEAP_BYTES))
-
-
-def _bytes_to_come(trainer: "Trainer") -> int:
-    """Return what a run takes beside the tensors of a step: moments, and a copy to be saved."""
-    parameters = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    state = sum(
-        value.numel() * value.element_size()
-        for entries in trainer.optimizer.state.values()
-        for value in entries.values()
-        if hasattr(value, "element_size")
-    )
-    copy = 3 * parameters if trainer.device.type == "cpu" else 0
-    accumulated = parameters  # the gradients of the micro-batches before
-    return int(max(0, 2 * parameters - state) + copy + accumulated)

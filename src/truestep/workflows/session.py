@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from truestep import runtime
 from truestep.checkpoint.commit import Validation
 from truestep.checkpoint.writer import CheckpointWriter
 from truestep.data.loader import evaluation_batches
+from truestep.machine import measure_peak_flops
 from truestep.metrics import StepMetrics
-from truestep.observe.display import open_display
+from truestep.observe.display import Display, open_display
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import JsonlSink
 from truestep.observe.spikes import SpikeWatch
@@ -27,20 +27,21 @@ class Session:
     """Attaches itself to a trainer whose step is where the run goes on; use it as a context.
 
     A disk that takes neither records nor checkpoints is reported, and training goes on: records
-    wait in memory, and the run ends once `max_failed_saves` saves in a row have failed.
+    wait in memory, and the run ends once `max_failed_saves` saves in a row have failed. `display`
+    stands in for the one on the console.
     """
 
-    def __init__(self, directory: Path, training: Training) -> None:
+    def __init__(self, directory: Path, training: Training, display: Display | None = None) -> None:
         config, trainer = training.config, training.trainer
         self.training = training
         self._validation: tuple[int, Validation] | None = None  # of that step
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self.display = open_display(
+            self.display = display or open_display(
                 config.training.num_steps,
                 every=config.run.log_every,
                 flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
-                peak_flops_per_second=runtime.measure_peak_flops(
+                peak_flops_per_second=measure_peak_flops(
                     trainer.device,
                     torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32,
                 ),
@@ -66,7 +67,7 @@ class Session:
             self._stack = stack.pop_all()
         trainer.sinks = [self._log, self._writer, self.display, spikes]
         trainer.companions = [
-            every(config.run.evaluate_every, self._validate),
+            every(config.run.evaluate_every, self.validate),
             every(config.run.save_every, lambda *_: self._save()),
         ]
 
@@ -86,7 +87,7 @@ class Session:
         due = step % config.run.evaluate_every == 0 or step == config.training.num_steps
         records = (record for _, record in read_records(self._log.path))
         if step and due and not any("validation_loss" in r and r["step"] == step for r in records):
-            self._validate(self.training.trainer)
+            self.validate(self.training.trainer)
 
     def save(self) -> None:
         """Have the state of this step written, once more if a save of it under way fails."""
@@ -103,7 +104,7 @@ class Session:
             validation=validation if step == training.trainer.step else None,
         )
 
-    def _validate(self, trainer: Trainer, _: StepMetrics | None = None) -> None:
+    def validate(self, trainer: Trainer, _: StepMetrics | None = None) -> None:
         """Validate, let the model write, and save what may be the best.
 
         Whoever stopped the run waits only for what ranks its checkpoint: `catch_up` does the rest.

@@ -1,0 +1,60 @@
+"""`truestep plan`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from truestep.cli.options import RunOptions, given, say
+from truestep.config import resolve
+from truestep.shell import command
+
+_NO_OPTIONS = RunOptions()
+
+
+def plan(
+    config: Path | None = None,
+    /,
+    *,
+    data: Annotated[str | None, Parameter(alias="-d")] = None,
+    minutes: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
+    out: Annotated[Path | None, Parameter(alias="-o")] = None,
+    price_per_hour: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
+    options: Annotated[RunOptions, Parameter(name="*", negative_iterable=())] = _NO_OPTIONS,
+) -> None:
+    """Say what a run will cost and whether it fits, from a few steps of it.
+
+    Parameters
+    ----------
+    config
+        A TOML or JSON file of settings.
+    data
+        What to train on: a text file, a directory, or a built-in corpus. Short for --data.source.
+    minutes
+        Choose num_steps so that the run takes this long, from the command to its last update.
+    out
+        Where to write the settings in plain values, as a TOML file for `truestep train`.
+    price_per_hour
+        What an hour of this machine costs.
+    options
+        The settings, as of `truestep train`.
+
+    """
+    explicit = given(options)
+    if data is not None:
+        explicit.setdefault("data", {})["source"] = data
+    chosen = resolve(explicit, os.environ, config)
+
+    from truestep.workflows.plan import lines_of, plan_within, write_config
+    from truestep.workflows.plan import plan as plan_run
+    from truestep.workflows.run import check_new_run
+
+    check_new_run(chosen.run)
+    result = plan_run(chosen, say) if minutes is None else plan_within(chosen, 60 * minutes, say)
+    for line in lines_of(result, price_per_hour):
+        say(line)
+    if out is not None:
+        write_config(out, result.config)
+        say(f"settings written to {out}; train with: {command('train', str(out))}")

@@ -1,0 +1,120 @@
+"""What training will take, measured in a few steps of it that nobody keeps."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from truestep.batch import Batch
+from truestep.machine import free_bytes, measure_peak_flops
+from truestep.metrics import model_flops_utilization
+from truestep.training.footprint import (
+    bytes_to_come,
+    footprint,
+    largest_micro_batch,
+    moment_bytes,
+)
+from truestep.training.trainer import Trainer
+
+_WARM_UP_STEPS, _LEAST_STEPS, _PROBE_SECONDS = 2, 5, 5.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step takes, uncompiled; `logits` are part of `activations`."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a trainer's steps take; seconds are measured, None where nothing was run.
+
+    `first_step` holds what compiling takes. `step` is the median of those after it.
+    """
+
+    num_parameters: int
+    flops_per_token: float | None
+    tokens_per_step: int
+    memory: Memory | None
+    largest_micro_batch: int | None
+    first_step: float
+    step: float
+    peak_flops_per_second: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How much text training reads."""
+        return self.tokens_per_step / self.step
+
+    @property
+    def utilization(self) -> float | None:
+        """The share of the machine's matmul rate that a step reaches (MFU)."""
+        if self.flops_per_token is None:
+            return None
+        return model_flops_utilization(
+            self.tokens_per_second, self.flops_per_token, self.peak_flops_per_second
+        )
+
+
+def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
+    """Train a few steps and return what they took; the trainer is of no use afterwards.
+
+    `batch_at(step)` gives batches of the size and length that training will have.
+    """
+    first = batch_at(0)
+    trainer.prepare(first)
+    largest = _largest_micro_batch(trainer, first)
+    seconds: list[float] = []
+    while len(seconds) < _WARM_UP_STEPS + _LEAST_STEPS or sum(seconds[1:]) < _PROBE_SECONDS:
+        batch = batch_at(len(seconds))
+        start = time.perf_counter()
+        trainer.training_step(batch)
+        seconds.append(time.perf_counter() - start)
+    dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
+    return Estimate(
+        num_parameters=sum(p.numel() for p in trainer.model.parameters()),
+        flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
+        tokens_per_step=first.tokens.numel(),
+        memory=_memory(trainer, first),
+        largest_micro_batch=largest,
+        first_step=seconds[0],
+        step=statistics.median(seconds[_WARM_UP_STEPS:]),
+        peak_flops_per_second=measure_peak_flops(trainer.device, dtype),
+    )
+
+
+def _largest_micro_batch(trainer: Trainer, batch: Batch) -> int | None:
+    """Return how many rows fit into what is free now; None where that cannot be told."""
+    free = free_bytes(trainer.device)
+    if free is None:
+        return None
+    room = free - bytes_to_come(trainer.model, trainer.optimizer)
+    try:
+        return largest_micro_batch(trainer.model, batch, room, trainer.precision)
+    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
+        return None
+
+
+def _memory(trainer: Trainer, batch: Batch) -> Memory | None:
+    """Return what a step takes by kind, once the optimizer has its state."""
+    size = trainer.micro_batch_size(batch)
+    try:
+        held = footprint(trainer.model, batch, size, trainer.precision)
+    except (RuntimeError, AssertionError):
+        return None
+    parameters = list(trainer.model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return Memory(
+        weights=sum(p.numel() * p.element_size() for p in parameters),
+        gradients=trained,
+        moments=moment_bytes(trainer.optimizer),
+        activations=max(0, held.total - trained),
+        logits=held.logits,
+    )

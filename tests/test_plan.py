@@ -1,0 +1,171 @@
+"""What a run will cost: the figures against what they are made of, and the command."""
+
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import TINY
+
+from truestep import GPT, GPTConfig, Trainer, TrainingConfig, runtime
+from truestep.batch import Batch
+from truestep.cli import main
+from truestep.config import RunConfig
+from truestep.training.estimate import Estimate, estimate
+from truestep.training.footprint import footprint, largest_micro_batch, needed_bytes
+from truestep.workflows import plan as workflow
+from truestep.workflows.plan import Plan, lines_of, plan_within
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=97, context_length=32, num_layers=2, num_heads=2, width=32))
+
+
+def batch_at(_):
+    return Batch.of(torch.arange(4 * 33).reshape(4, 33) % 97)
+
+
+def test_an_estimate_is_made_of_the_models_own_numbers(monkeypatch):
+    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    trainer = Trainer(model(), TrainingConfig(precision="float32", compile="off"), sinks=[])
+    found = estimate(trainer, batch_at)
+    parameters = 2 * 97 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 88 + 2 * 32) + 32
+    assert found.num_parameters == parameters
+    assert found.tokens_per_step == 4 * 32
+    products = 6 * (97 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 88)) + 12 * 2 * 32 * 32
+    assert found.flops_per_token == pytest.approx(products)
+    assert found.memory.weights == found.memory.gradients == 4 * parameters
+    # Two moments of every number, and each parameter's count of steps.
+    assert found.memory.moments == pytest.approx(8 * parameters, rel=0.01)
+    assert found.memory.logits == 4 * 4 * 32 * 97
+    assert found.memory.activations > found.memory.logits
+    assert trainer.step >= 7
+    assert 0 < found.step < 60
+    assert found.utilization == pytest.approx(
+        found.flops_per_token * 128 / found.step / found.peak_flops_per_second
+    )
+
+
+class ForksOnValues(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = model()
+
+    def forward(self, tokens):
+        return self.model(tokens) * (2 if bool((tokens > 5).any()) else 1)
+
+
+def test_a_model_that_cannot_be_looked_at_is_still_timed(monkeypatch):
+    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    found = estimate(Trainer(ForksOnValues(), TrainingConfig(), sinks=[]), batch_at)
+    assert found.memory is found.largest_micro_batch is found.flops_per_token is None
+    assert found.tokens_per_second > 0
+
+
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not():
+    batch, shape = batch_at(0), model()
+    room = needed_bytes(shape, batch, 100, "float32")
+    found = largest_micro_batch(shape, batch, room, "float32")
+    assert 98 <= found <= 100
+    assert largest_micro_batch(shape, batch, needed_bytes(shape, batch, 1, "float32"), "float32")
+    assert largest_micro_batch(shape, batch, 1000, "float32") == 0
+    assert footprint(shape, batch, 8, "float32").total > footprint(shape, batch, 4, "float32").total
+
+
+def planned(num_steps=1000, evaluate_every=100, **changes):
+    found = Estimate(
+        num_parameters=10**6,
+        flops_per_token=6e6,
+        tokens_per_step=1000,
+        memory=None,
+        largest_micro_batch=None,
+        first_step=10.0,
+        step=0.5,
+        peak_flops_per_second=1e11,
+    )
+    config = RunConfig(training={"num_steps": num_steps}, run={"evaluate_every": evaluate_every})
+    return replace(Plan(config, found, 3.0, 2.0, None, "a machine"), **changes)
+
+
+def test_the_time_of_a_run_is_the_sum_of_its_parts():
+    assert planned().seconds(1) == 3 + 10
+    assert planned().seconds(100) == 3 + 10 + 99 * 0.5  # the validation at the end comes after
+    assert planned().seconds(101) == 3 + 10 + 100 * 0.5 + 2
+    assert planned().seconds(1000) == 3 + 10 + 999 * 0.5 + 9 * 2
+
+
+@pytest.mark.parametrize("seconds", [13.0, 62.4, 62.5, 64.9, 65.0, 600.0, 86400.0])
+def test_as_many_steps_as_fit_are_the_most_that_fit(seconds):
+    plan = planned()
+    steps = plan.steps_within(seconds)
+    assert plan.seconds(steps) <= seconds < plan.seconds(steps + 1)
+
+
+def test_no_step_fits_into_less_than_the_first_takes():
+    assert planned().steps_within(12.9) == 0
+
+
+def test_the_lines_say_time_speed_and_cost():
+    lines = "\n".join(lines_of(planned(), price_per_hour=36.0))
+    assert "8:50 for 1,000 steps" in lines  # 3 + 10 + 499.5 + 18
+    assert "500.0 ms a step, 2,000 tokens/s, MFU 12% of 100 GFLOP/s" in lines
+    assert "5.30 at 36 an hour" in lines
+
+
+def test_the_command_plans_and_leaves_nothing_but_the_prepared_text(capsys, monkeypatch):
+    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    assert main(["plan", "tiny.toml", "--data", "text.txt", "--out", "plan.toml"]) == 0
+    out = capsys.readouterr().out
+    for word in ("parameters  ", "memory  ", "speed  ", "time  ", "12 steps", "fits; it has 3"):
+        assert word in out
+    assert [path.name for path in Path("runs").iterdir()] == [".data"]
+    settings = tomllib.loads(Path("plan.toml").read_text())
+    assert settings["model"]["vocab_size"] == 256
+    assert main(["train", "plan.toml"]) == 0  # the settings are whole
+
+
+def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_back(monkeypatch):
+    asked = []
+
+    def plan_(config, _):
+        asked.append(config.training.compile)
+        found = replace(planned().estimate, step=0.4 if asked[-1] == "on" else 0.5)
+        found = replace(found, first_step=40.0 if asked[-1] == "on" else 1.0)
+        return planned(config=config, estimate=found)
+
+    monkeypatch.setattr(workflow, "plan", plan_)
+    monkeypatch.setattr(
+        runtime, "resolve_compile", lambda setting, device, flops: flops >= 100 * 6e9
+    )
+    config = planned().config
+    for seconds, compile_, plans in ((20, "off", 1), (100, "off", 2), (1000, "on", 2)):
+        asked.clear()
+        assert plan_within(config, seconds, print).config.training.compile == compile_
+        assert asked == ["off", "on"][:plans]
+    config = RunConfig(training={"compile": "on"})
+    asked.clear()
+    assert plan_within(config, 100, print).config.training.num_steps == 143  # 43 s, and 142 of 0.4
+    assert asked == ["on"]
+
+
+def test_minutes_give_the_steps_that_fit(capsys, monkeypatch):
+    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    command = ["plan", "tiny.toml", "--data", "text.txt", "--minutes", "5", "--out", "plan.toml"]
+    assert main(command) == 0
+    steps = tomllib.loads(Path("plan.toml").read_text())["training"]["num_steps"]
+    assert steps > 100
+    minutes, seconds = re.search(r"time +(\d+):(\d\d) for", capsys.readouterr().out).groups()
+    assert 285 <= 60 * int(minutes) + int(seconds) <= 300
+    assert main([*command[:5], "1e-6"]) == 2
+    assert "not one step fits into 0:00" in capsys.readouterr().err
+    assert main([*command[:5], "-1"]) == 2
