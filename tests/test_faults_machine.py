@@ -323,7 +323,8 @@ def attempt(micro_batch_size):
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 650 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-size, failures = "auto", 0
+attempt("auto")  # split before its first step
+size = 1024
 while True:
     try:
         attempt(size)
@@ -341,6 +342,10 @@ def test_the_size_that_is_said_to_fit_does_fit_under_the_same_limit():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, trained = done.stdout.splitlines()
+    words = (
+        r"a step of 1024 rows needs about [\d,]+ MiB, and [\d,]+ MiB are free: it is split into "
+    )
+    assert re.search(words + r"micro-batches of (32|64|128|256|512), with the same", done.stderr)
     assert re.fullmatch(
         r"out of memory in step 1 with micro_batch_size=1024: it needs about [\d,]+ MiB, and "
         r"[\d,]+ MiB were free; (\d+) needs [\d,]+ MiB: go on with [^\n]*truestep train --resume "

@@ -14,7 +14,12 @@ from truestep.batch import Batch
 from truestep.cli import main
 from truestep.config import RunConfig
 from truestep.training.estimate import Estimate, estimate
-from truestep.training.footprint import footprint, largest_micro_batch, needed_bytes
+from truestep.training.footprint import (
+    bytes_to_come,
+    footprint,
+    largest_micro_batch,
+    needed_bytes,
+)
 from truestep.workflows import plan as workflow
 from truestep.workflows.plan import Plan, lines_of, plan_within
 
@@ -169,3 +174,42 @@ def test_minutes_give_the_steps_that_fit(capsys, monkeypatch):
     assert main([*command[:5], "1e-6"]) == 2
     assert "not one step fits into 0:00" in capsys.readouterr().err
     assert main([*command[:5], "-1"]) == 2
+
+
+def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):
+    config = TrainingConfig(precision="float32", compile="off")
+    whole = Trainer(model(), config, sinks=[])
+    expected = whole.training_step(batch_at(0))
+    assert whole.config.micro_batch_size == "auto"  # as large as the batch that comes
+    trainer = Trainer(model(), config, sinks=[])
+    room = bytes_to_come(trainer.model, trainer.optimizer)
+    room += needed_bytes(trainer.model, batch_at(0), 2, "float32")
+    monkeypatch.setattr("truestep.training.footprint.free_bytes", lambda _: room)
+    with pytest.warns(UserWarning, match=r"4 rows needs about .* split into micro-batches of 2"):
+        metrics = trainer.training_step(batch_at(0))
+    assert trainer.config.micro_batch_size == 2
+    assert metrics.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert metrics.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("free", "size"), [(0, 1), (None, "auto"), (2**60, "auto")])
+def test_what_is_free_decides_how_a_batch_is_split(monkeypatch, recwarn, free, size):
+    monkeypatch.setattr("truestep.training.footprint.free_bytes", lambda _: free)
+    trainer = Trainer(model(), TrainingConfig(compile="off"), sinks=[])
+    trainer.prepare(batch_at(0))
+    assert trainer.config.micro_batch_size == size
+    given = Trainer(model(), TrainingConfig(compile="off", micro_batch_size=3), sinks=[])
+    given.prepare(batch_at(0))
+    assert given.config.micro_batch_size == 3  # what was said stays
+    assert len(recwarn) == (size == 1)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_says_aloud_that_it_splits_and_writes_it_down(monkeypatch, capsys):
+    monkeypatch.setattr("truestep.training.footprint.free_bytes", lambda _: 0)
+    Path("tiny.toml").write_text(TINY.replace("micro_batch_size = 3\n", ""))
+    assert main(["train", "tiny.toml", "--data", "text.txt"]) == 0
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"warning: a step of 4 rows needs [^\n]* micro-batches of 1, [^\n]*\n", err)
+    settings = tomllib.loads(Path("runs/text-1/config.toml").read_text())
+    assert settings["training"]["micro_batch_size"] == 1

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError
@@ -42,11 +43,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     app = build_app()
     try:
-        result = app(
-            arguments,
-            exit_on_error=False,
-            print_error=False,
-        )
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            result = app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         from truestep.cli.options import explain_usage
 
@@ -69,6 +68,11 @@ def run(arguments: Sequence[str]) -> int:
         text = explain_out_of_memory(error) if is_out_of_memory(error) else str(error)
         return _fail(text, RUNTIME)
     return result if isinstance(result, int) else 0
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as one line, without the place in the code it comes from."""
+    print(f"warning: {printable_line(str(message))}", file=sys.stderr)
 
 
 def _fail(message: str | list[str], code: int) -> int:

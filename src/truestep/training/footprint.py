@@ -1,7 +1,10 @@
 """The memory that a step takes, learnt without taking it."""
 
+import warnings
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from truestep.batch import Batch
 from truestep.loss import LOGITS_PER_CHUNK, DeferredLogits, compute_loss
+from truestep.machine import free_bytes
+from truestep.observe.text import format_bytes
 from truestep.runtime import attention_kernels, computing, module_modes
 from truestep.training.probe import logits_of
 
@@ -136,3 +141,34 @@ def largest_micro_batch(
         fits = needed_bytes(model, batch, middle, precision) <= room
         low, high = (middle, high) if fits else (low, middle)
     return low
+
+
+def micro_batch_that_fits(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    precision: Literal["float32", "bfloat16"],
+) -> int | Literal["auto"]:
+    """Return "auto" where a step of the whole batch fits into what is free, or is not known to.
+
+    Else the most rows that divide the batch and fit, which is said by a warning; 1 if none do.
+    """
+    free = free_bytes(next(model.parameters()).device)
+    if free is None:
+        return "auto"
+    room, rows = max(0, free - bytes_to_come(model, optimizer)), len(batch.tokens)
+    try:
+        needed = needed_bytes(model, batch, rows, precision)
+        if needed <= room:
+            return "auto"
+        sizes = [size for size in range(1, rows) if rows % size == 0] or [1]
+        fits = partial(needed_bytes, model, batch, precision=precision)
+        size = sizes[max(0, bisect_right(sizes, room, key=fits) - 1)]
+    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
+        return "auto"
+    warnings.warn(
+        f"a step of {rows} rows needs about {format_bytes(needed)}, and {format_bytes(room)} are "
+        f"free: it is split into micro-batches of {size}, with the same loss and gradient",
+        stacklevel=2,
+    )
+    return size

@@ -19,6 +19,7 @@ from truestep.training.compose import build_optimizer, build_schedule, check_arg
 from truestep.training.diagnosis import Diagnosis, diagnose
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
+from truestep.training.footprint import micro_batch_that_fits
 from truestep.training.forward import ForwardLoss
 from truestep.training.guard import BufferGuard, NonFiniteError, UpdateGuard
 from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
@@ -195,7 +196,11 @@ class Trainer:
         flops = self.facts.flops_per_token if self.facts else 0.0
         run_flops = flops * batch.tokens.numel() * self.config.num_steps
         compile_it = runtime.resolve_compile(self.config.compile, self.device, run_flops)
-        self.config = self.config.model_copy(update={"compile": "on" if compile_it else "off"})
+        size = self.config.micro_batch_size
+        if size == "auto":
+            size = micro_batch_that_fits(self.model, self.optimizer, batch, self.precision)
+        resolved = {"compile": "on" if compile_it else "off", "micro_batch_size": size}
+        self.config = self.config.model_copy(update=resolved)
         self._forward = ForwardLoss(self.model, self.precision, self.device, compiled=compile_it)
 
     def token_losses(self, batch: Any) -> Tensor:
