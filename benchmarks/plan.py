@@ -1,0 +1,112 @@
+"""What `truestep plan` predicts beside what the run then shows: time of a step, and peak memory.
+
+    python benchmarks/plan.py --output result.json
+
+Plan and run are processes of their own, one after the other, on the standard library's source. The
+step is the median of the run's log after its first ten; peak memory is what the system says of it.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from machine import argument_parser, positive, write
+from workloads import WORKLOADS
+
+_SKIPPED = 10
+_PLAN = """
+import json, sys
+from pathlib import Path
+from truestep.config import resolve
+from truestep.workflows.plan import plan
+found = plan(resolve({}, {}, Path(sys.argv[1])), lambda _: None)
+print(json.dumps({"seconds": found.estimate.step, "bytes": found.peak_bytes}))
+"""
+
+
+def _of_workload(name: str) -> dict[str, Any]:
+    """The shape of a workload, on bytes where its vocabulary is smaller."""
+    workload = WORKLOADS[name]
+    shape = workload.config().model_dump(exclude={"num_kv_heads", "mlp_width"})
+    shape["vocab_size"] = max(256, workload.vocab_size)
+    return {"model": shape, "data": {"batch_size": workload.batch_size}}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "W1": _of_workload("W1"),
+    "W2": _of_workload("W2"),
+    "W3": _of_workload("W3"),
+    "Muon on 4,096 byte pairs": {
+        "training": {"optimizer": "muon"},
+        "model": {"qk_norm": True},
+        "data": {"tokenizer": "bpe-4096", "batch_size": 8},
+    },
+    "context 1024, four micro-batches": {
+        "training": {"micro_batch_size": 2},
+        "model": {"context_length": 1024},
+        "data": {"batch_size": 8},
+    },
+    "float32, grouped heads, dropout": {
+        "training": {"precision": "float32"},
+        "model": {"width": 192, "num_heads": 6, "num_kv_heads": 2, "dropout": 0.1},
+        "data": {"batch_size": 8},
+    },
+}
+
+
+def predicted(config: Path) -> dict[str, Any]:
+    """Return what the plan says."""
+    command = [sys.executable, "-W", "ignore", "-c", _PLAN, str(config)]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command))
+    return found
+
+
+def seen(config: Path, runs: Path) -> dict[str, Any]:
+    """Return what the run shows."""
+    command = [sys.executable, "-W", "ignore", "-m", "truestep", "train", str(config)]
+    process = subprocess.Popen([*command, "--run.name", "run"], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"the run of {config} failed")
+    lines = (runs / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [r["step_seconds"] for r in map(json.loads, lines) if "step_seconds" in r]
+    return {"seconds": statistics.median(seconds[_SKIPPED:]), "bytes": 1024 * usage.ru_maxrss}
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    options = parser.parse_args()
+    results = []
+    for name in options.configs:
+        with tempfile.TemporaryDirectory() as place:
+            # Both compile or neither: a run of so few steps would leave it.
+            settings = {section: dict(values) for section, values in CONFIGS[name].items()}
+            training = settings.setdefault("training", {})
+            training |= {"num_steps": options.steps, "compile": "on"}
+            settings["run"] = {"directory": place, "evaluate_every": options.steps // 2}
+            config = Path(place, "config.toml")
+            config.write_text(tomli_w.dumps(settings), encoding="utf-8")
+            found = {"name": name, "predicted": predicted(config)}
+            found["seen"] = seen(config, Path(place))
+        results.append(found)
+        ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]
+        print(
+            f"{name:34}{found['predicted']['seconds'] * 1e3:9.1f}"
+            f"{found['seen']['seconds'] * 1e3:9.1f} ms {ratios[0]:6.2f}"
+            f"{found['predicted']['bytes'] / 2**20:9,.0f}{found['seen']['bytes'] / 2**20:9,.0f} MiB"
+            f" {ratios[1]:6.2f}",
+            flush=True,
+        )
+    write(options.output, {"configs": results})
+
+
+if __name__ == "__main__":
+    main()
