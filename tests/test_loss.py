@@ -333,7 +333,7 @@ COMPILED = """
 import resource, sys, torch
 from truestep import DeferredLogits, compute_loss, loss
 
-loss._LOGITS_PER_CHUNK = 4 * 40_000  # four rows
+loss.LOGITS_PER_CHUNK = 4 * 40_000  # four rows
 rows = 4 * int(sys.argv[1])
 hidden = torch.randn(1, rows, 64).bfloat16().requires_grad_()
 weight = torch.randn(40_000, 64).requires_grad_()
