@@ -77,7 +77,7 @@ FIRST_STEP_HEAD = """The first step, with the compiler's cache empty, and filled
 FLOAT32 = """
 ## What is known
 
-In float32 truestep is slower than nanoGPT: RMSNorm, rotary positions and the three matrices of SwiGLU cost more passes over memory than LayerNorm and GELU do, for the same matrix products. In bfloat16, and compiled, that is won back. Compilation takes 35 to 50 seconds the first time; `auto` compiles where the whole run is at least 4·10¹³ FLOPs, three to five minutes of two cores. That is where it is earned back: after 1,000 steps of W3 (2·10¹³), 250 of W1 or 290 of W2 (6 to 7·10¹³).
+In float32 truestep is slower than nanoGPT: RMSNorm, rotary positions and the three matrices of SwiGLU cost more passes over memory than LayerNorm and GELU do, for the same matrix products. In bfloat16, and compiled, that is won back. Compilation takes 35 to 50 seconds the first time; `auto` compiles where the whole run is at least 2.5·10¹³ FLOPs, two to three minutes of two cores. It is earned back after 1,000 steps of W3 (2·10¹³; with 4,096 ids after 530, 1.5·10¹³), 250 of W1 or 290 of W2 (6 to 7·10¹³): below that a run loses up to half a minute, above it gains.
 """
 
 # Single measurements, on the machine above unless another is said; each was taken once, interleaved.
