@@ -108,14 +108,18 @@ def test_ids_outside_the_vocabulary_are_refused():
 def test_the_same_text_gives_the_same_tokenizer_in_any_process():
     code = (
         "import os; from pathlib import Path; from truestep.data.bpe import BytePairs\n"
-        "print(BytePairs(600).learn([Path(os.__file__).read_text('utf-8')]).fingerprint)"
+        "learnt = BytePairs(600).learn([Path(os.__file__).read_text('utf-8')])\n"
+        "print(learnt.fingerprint, flush=True)\n"
+        "if not (child := os.fork()):\n    os._exit(0)\nprint(os.waitpid(child, 0)[1])\n"
+        "print(os.environ.get('TOKENIZERS_PARALLELISM'))"
     )
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
         run = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True
         )
-        assert run.stdout.strip() == LEARNT.fingerprint, run.stderr
+        assert run.stdout.split() == [LEARNT.fingerprint, "0", "None"]
+        assert run.stderr == ""  # no word of threads at the fork
 
 
 def test_a_short_text_gives_fewer_ids():
