@@ -1,9 +1,7 @@
 """Byte-level BPE: a tokenizer learnt from text, in the format of the `tokenizers` library."""
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +14,6 @@ END_OF_DOCUMENT = "<|endoftext|>"
 # A word with its space before it, digits three at a time, signs, or space up to the next word: line
 # ends and indentation are one piece. Radford et al. 2019 (GPT-2), without its English contractions.
 _PIECES = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by the library
 _RECIPE = f"truestep byte-level BPE 1: {_PIECES}"
 
 
@@ -40,6 +37,8 @@ class BytePairs:
         """Return the tokenizer of these texts; short ones give fewer ids than `vocab_size`."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+        from truestep.runtime import tokenizers_on_one_thread  # imports torch
+
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -54,7 +53,7 @@ class BytePairs:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        with _one_thread():
+        with tokenizers_on_one_thread():
             backend.train_from_iterator(texts, trainer)
         return BytePairTokenizer(self.name, backend.to_str().encode())
 
@@ -107,23 +106,6 @@ class BytePairTokenizer:
 
     def _bytes(self, ids: ArrayLike) -> list[bytes]:
         return [self._parts[number] for number in checked_ids(ids, self.vocab_size)]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep the library from starting threads; 2.4 s instead of 1.6 for the standard library.
-
-    Once it had some, every later fork of the process warns of them on standard error, and aborts
-    where that is closed.
-    """
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[_PARALLELISM]
-        if before is not None:
-            os.environ[_PARALLELISM] = before
 
 
 def _characters() -> dict[int, str]:
