@@ -19,7 +19,8 @@ from truestep.checkpoint.commit import verify_checkpoint
 from truestep.data.prepare import prepare
 from truestep.data.tokenizer import ByteTokenizer
 from truestep.data.tokens import open_prepared
-from truestep.storage import MANIFEST, StorageError, read_manifest, verify_file
+from truestep.manifest import MANIFEST, read_manifest
+from truestep.storage import StorageError, verify_file
 
 Files = dict[str, bytes]
 Damaged = dict[str, bytes | None]  # None: the file is gone

@@ -82,7 +82,7 @@ MUTANTS = [
     ),
     Mutant(
         "visible before the data is durable: renamed before the manifest is written",
-        "storage.py",
+        "manifest.py",
         "        write_file(self.storage, self.temporary / MANIFEST, [text.encode()])\n"
         "        self.storage.sync_directory(self.temporary)\n"
         "        self.storage.rename(self.temporary, self.target)\n",
@@ -93,7 +93,7 @@ MUTANTS = [
     ),
     Mutant(
         "commit not durable: the parent directory is not synced",
-        "storage.py",
+        "manifest.py",
         "        self.storage.sync_directory(self.target.parent)\n",
         "",
         ("test_power_loss.py",),
@@ -209,7 +209,7 @@ MUTANTS = [
     ),
     Mutant(
         "a manifest's seal is not compared",
-        "storage.py",
+        "manifest.py",
         "    if not sealed:\n",
         "    if False:\n",
         ("test_storage.py", "test_checkpoint.py"),

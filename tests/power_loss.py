@@ -26,7 +26,8 @@ from truestep.checkpoint.commit import (
 )
 from truestep.data.prepare import prepare
 from truestep.data.tokenizer import ByteTokenizer
-from truestep.storage import MANIFEST, TEMPORARY_PREFIX, replace_file
+from truestep.manifest import MANIFEST
+from truestep.storage import TEMPORARY_PREFIX, replace_file
 
 LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: 0.5}  # step -> validation loss; the best moves twice
 OLD, NEW = b"the old content", b"new and a little longer"

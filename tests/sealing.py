@@ -4,7 +4,8 @@ import hashlib
 import json
 import zlib
 
-from truestep.storage import MANIFEST, FileRecord
+from truestep.manifest import MANIFEST
+from truestep.storage import FileRecord
 
 BLOCK = 2**20
 

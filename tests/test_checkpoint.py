@@ -27,7 +27,8 @@ from truestep.checkpoint.commit import (
 from truestep.checkpoint.lock import CheckpointError, RunLock
 from truestep.checkpoint.state import load_checkpoint, load_model, save_checkpoint
 from truestep.checkpoint.tensors import read_safetensors, safetensors_chunks
-from truestep.storage import MANIFEST, LocalStorage
+from truestep.manifest import MANIFEST
+from truestep.storage import LocalStorage
 from truestep.training.optim import MuonAdamW
 
 DTYPES = [

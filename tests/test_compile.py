@@ -7,9 +7,9 @@ from truestep import (
     IGNORE_INDEX,
     Trainer,
     TrainingConfig,
+    compiler,
     every,
     load_checkpoint,
-    runtime,
     save_checkpoint,
 )
 
@@ -125,7 +125,7 @@ def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeyp
         return function
 
     monkeypatch.setattr(torch, "compile", compile_)
-    compile_options = runtime.compile_options.__wrapped__  # not its cache
+    compile_options = compiler.compile_options.__wrapped__  # not its cache
     assert compile_options(torch.device("cpu")) == {}
     assert asked == [{"cpp.vec_isa_ok": True}, {}]
     monkeypatch.setattr(torch, "compile", lambda _, options: compile_(None, {"never": options}))

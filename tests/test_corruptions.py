@@ -5,7 +5,7 @@ import random
 import pytest
 from corruptions import OF_ONE_FILE, corrupt_checkpoint, corrupt_data, damages
 
-from truestep.storage import MANIFEST
+from truestep.manifest import MANIFEST
 
 COUNT = 2000
 

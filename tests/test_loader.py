@@ -14,7 +14,7 @@ from truestep.data.loader import Prefetch, WindowLoader, evaluation_batches
 from truestep.data.shards import write_split
 from truestep.data.tokens import TokenSplit
 from truestep.loss import IGNORE_INDEX
-from truestep.storage import DirectoryWriter, read_manifest
+from truestep.manifest import DirectoryWriter, read_manifest
 
 
 class Places:

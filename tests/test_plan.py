@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cli import TINY
 
-from truestep import GPT, GPTConfig, Trainer, TrainingConfig, runtime
+from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compiler
 from truestep.batch import Batch
 from truestep.cli import main
 from truestep.config import RunConfig
@@ -150,7 +150,7 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
 
     monkeypatch.setattr(workflow, "plan", plan_)
     monkeypatch.setattr(
-        runtime, "resolve_compile", lambda setting, device, flops: flops >= 100 * 6e9
+        compiler, "resolve_compile", lambda setting, device, flops: flops >= 100 * 6e9
     )
     config = planned().config
     for seconds, compile_, plans in ((20, "off", 1), (100, "off", 2), (1000, "on", 2)):
@@ -210,6 +210,6 @@ def test_the_command_says_aloud_that_it_splits_and_writes_it_down(monkeypatch, c
     Path("tiny.toml").write_text(TINY.replace("micro_batch_size = 3\n", ""))
     assert main(["train", "tiny.toml", "--data", "text.txt"]) == 0
     err = capsys.readouterr().err
-    assert re.fullmatch(r"warning: a step of 4 rows needs [^\n]* micro-batches of 1, [^\n]*\n", err)
+    assert re.fullmatch(r"warning: a step of 4 rows needs [^\n]* micro-batches of 1; [^\n]*\n", err)
     settings = tomllib.loads(Path("runs/text-1/config.toml").read_text())
     assert settings["training"]["micro_batch_size"] == 1

@@ -11,7 +11,8 @@ from crashes import Disk, Journal, Operation
 from power_loss import SCENARIOS, advance, files_of, new_run, prepared_data, replaced_file, saves
 
 from truestep import save_checkpoint
-from truestep.storage import MANIFEST, TEMPORARY_PREFIX
+from truestep.manifest import MANIFEST
+from truestep.storage import TEMPORARY_PREFIX
 
 LIMIT = 16  # states after each operation
 FEW = 3  # nothing that was not synced, all of it, and one drawn: they find what is wrong

@@ -8,15 +8,13 @@ import pytest
 from faults import FAULTS, Died, FaultyStorage
 from sealing import record_of, sealed
 
+from truestep.manifest import MANIFEST, DirectoryWriter, read_manifest
 from truestep.storage import (
     LOCAL,
-    MANIFEST,
     TEMPORARY_PREFIX,
-    DirectoryWriter,
     FileRecord,
     StorageError,
     read_file,
-    read_manifest,
     replace_file,
     verify_file,
     write_file,

@@ -18,7 +18,8 @@ from truestep.data.tokens import (
     dtype_of,
     open_prepared,
 )
-from truestep.storage import DirectoryWriter, FileRecord, StorageError, read_manifest
+from truestep.manifest import DirectoryWriter, read_manifest
+from truestep.storage import FileRecord, StorageError
 
 END = 0
 

@@ -1,16 +1,11 @@
 """Durable bytes: everything that must last is written here, so that a fault can be injected here.
 
-A directory of files appears whole or not at all: it is written under a temporary name, each file is
-hashed and fsynced, `manifest.json` comes last, sealed with its own hash, and one rename makes all
-of it visible. What a writer that died leaves behind has a name that begins with `.tmp-`, and is
-never read.
+What a writer that died leaves behind has a name that begins with `.tmp-`, and is never read.
 """
 
 import errno
 import hashlib
-import json
 import os
-import re
 import shutil
 import stat
 import uuid
@@ -23,19 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
-MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 BLOCK_BYTES = 2**20
-_MANIFEST_LIMIT_BYTES = 256 * 2**20  # a hostile manifest cannot exhaust memory
-_SEAL = "content_sha256"  # of the rest of the manifest
 
 
 class StorageError(OSError):
     """A stored file is missing, short, unreadable or not what its manifest says."""
-
-
-class OtherVersionError(StorageError):
-    """A manifest says it is of a version that is not read here; it may be intact."""
 
 
 @dataclass(frozen=True)
@@ -185,47 +173,11 @@ def replace_file(storage: Storage, path: Path, data: bytes) -> None:
         write_file(storage, temporary, [data])
         storage.rename(temporary, path)
     finally:
-        _discard(storage, temporary)
+        discard(storage, temporary)
     storage.sync_directory(path.parent)
 
 
-class DirectoryWriter:
-    """Writes a directory that appears at `target` whole, or not at all.
-
-    Use as a context: leaving it without `commit` removes what was written.
-    """
-
-    def __init__(self, target: Path, storage: Storage = LOCAL) -> None:
-        self.target = target
-        self.storage = storage
-        self.temporary = temporary_path(target)
-        self.files: dict[str, FileRecord] = {}
-
-    def __enter__(self) -> "DirectoryWriter":
-        self.storage.make_directory(self.temporary)
-        return self
-
-    def write(self, name: str, chunks: Iterable[Any]) -> FileRecord:
-        """Write one file of the directory; its record goes into the manifest."""
-        self.files[name] = write_file(self.storage, self.temporary / name, chunks)
-        return self.files[name]
-
-    def commit(self, manifest: dict[str, Any]) -> None:
-        """Add `manifest.json` (with `files`, and sealed) last, then make the directory visible."""
-        files = {name: vars(record) for name, record in self.files.items()}
-        # Read back at once: the seal is of the values as a reader will have them, keys as strings.
-        content = json.loads(json.dumps({**manifest, "files": files}, allow_nan=False))
-        text = json.dumps({**content, _SEAL: _seal(content)}, indent=1)
-        write_file(self.storage, self.temporary / MANIFEST, [text.encode()])
-        self.storage.sync_directory(self.temporary)
-        self.storage.rename(self.temporary, self.target)
-        self.storage.sync_directory(self.target.parent)
-
-    def __exit__(self, *exception: object) -> None:
-        _discard(self.storage, self.temporary)
-
-
-def _discard(storage: Storage, path: Path) -> None:
+def discard(storage: Storage, path: Path) -> None:
     """Remove what an unfinished write left; where that fails too, its name keeps readers away."""
     with suppress(OSError):
         if path.exists():
@@ -269,59 +221,6 @@ def _difference(
             end = min(start + BLOCK_BYTES, record.size) - 1
             return StorageError(f"{path}: bytes {start} to {end} are not those that were written")
     return StorageError(f"{path}: its bytes do not have the sha256 of its manifest")
-
-
-def read_manifest(
-    directory: Path, expected: tuple[str, int] | None = None
-) -> tuple[dict[str, Any], dict[str, FileRecord]]:
-    """Return a directory's manifest and the records of its files.
-
-    Errors: StorageError for a manifest that is missing, not JSON, not as it was sealed, or that
-    names a file outside; OtherVersionError, before seal and structure are looked at, for one that
-    says it is of the expected format and of another version than the expected one.
-    """
-    path = directory / MANIFEST
-    data = read_file(path, limit=_MANIFEST_LIMIT_BYTES)
-    try:
-        manifest = json.loads(data)
-        if expected is not None and manifest.get("format") == expected[0]:
-            _require_version(path, manifest, *expected)
-        sealed = manifest.pop(_SEAL) == _seal(manifest)
-        files = {name: _file_record(record) for name, record in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
-    if not sealed:
-        raise StorageError(f"{path}: its content does not match its {_SEAL}")
-    for name in files:
-        # Not printable: a NUL or half a surrogate pair is no file name, a newline hides the rest.
-        if Path(name).name != name or not name.isprintable() or name in {"", ".", ".."}:
-            raise StorageError(f"{path}: {name!r} is not a plain file name")
-    return manifest, files
-
-
-def _require_version(
-    path: Path, manifest: dict[str, Any], expected_format: str, version: int
-) -> None:
-    """Refuse another version; one that is no number is left to the seal, as damage would be."""
-    found = manifest.get("version")
-    if type(found) is int and found != version:
-        raise OtherVersionError(
-            f"{path}: expected {expected_format!r} version {version}, found version {found}"
-        )
-
-
-def _seal(content: dict[str, Any]) -> str:
-    """Hash JSON content in canonical form, so that no flipped bit in a manifest can pass."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _file_record(value: Any) -> FileRecord:
-    size, sha256, blocks = value["size"], value["sha256"], tuple(value["blocks"])
-    if type(size) is not int or size < 0 or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError("a file's size must be a count and its sha256 64 hexadecimal digits")
-    if len(blocks) != -(-size // BLOCK_BYTES) or any(type(block) is not int for block in blocks):
-        raise ValueError("a file's blocks must be one whole number for each of its blocks")
-    return FileRecord(size, sha256, blocks)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from truestep.checkpoint.lock import CheckpointError
 from truestep.checkpoint.snapshot import BATCH_FILE, Resumable, take_snapshot
 from truestep.checkpoint.state import load_checkpoint
 from truestep.checkpoint.tensors import read_safetensors
-from truestep.storage import LOCAL, DirectoryWriter, Storage
+from truestep.manifest import DirectoryWriter
+from truestep.storage import LOCAL, Storage
 
 _INPUT = "inputs/"
 

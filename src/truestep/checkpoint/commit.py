@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from truestep.checkpoint.lock import CheckpointError, DirectoryLock
+from truestep.manifest import MANIFEST, DirectoryWriter, OtherVersionError, read_manifest
 from truestep.storage import (
     LOCAL,
-    MANIFEST,
     TEMPORARY_PREFIX,
-    DirectoryWriter,
     FileRecord,
-    OtherVersionError,
     Storage,
     StorageError,
-    read_manifest,
     temporary_path,
     verify_file,
 )

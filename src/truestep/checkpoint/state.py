@@ -28,7 +28,8 @@ from truestep.checkpoint.snapshot import (
     take_snapshot,
 )
 from truestep.checkpoint.tensors import describe, read_safetensors
-from truestep.storage import LOCAL, MANIFEST, FileRecord, Storage
+from truestep.manifest import MANIFEST
+from truestep.storage import LOCAL, FileRecord, Storage
 
 
 def save_checkpoint(

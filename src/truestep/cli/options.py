@@ -48,9 +48,12 @@ def say(text: str) -> None:
     print_line(sys.stdout, printable(text))
 
 
-def given(options: Config) -> dict[str, Any]:
-    """Return what was given on the command line, nested by section."""
-    return options.model_dump(exclude_unset=True)
+def given(options: Config, data: str | None) -> dict[str, Any]:
+    """Return what was given on the command line, nested; `data` is short for data.source."""
+    explicit = options.model_dump(exclude_unset=True)
+    if data is not None:
+        explicit.setdefault("data", {})["source"] = data
+    return explicit
 
 
 def explain_usage(error: CycloptsError) -> str:

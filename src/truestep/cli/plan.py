@@ -42,10 +42,7 @@ def plan(
         The settings, as of `truestep train`.
 
     """
-    explicit = given(options)
-    if data is not None:
-        explicit.setdefault("data", {})["source"] = data
-    chosen = resolve(explicit, os.environ, config)
+    chosen = resolve(given(options, data), os.environ, config)
 
     from truestep.workflows.plan import lines_of, plan_within, write_config
     from truestep.workflows.plan import plan as plan_run

@@ -45,9 +45,7 @@ def train(
         The settings.
 
     """
-    explicit = given(options)
-    if data is not None:
-        explicit.setdefault("data", {})["source"] = data
+    explicit = given(options, data)
     allowed = _overridden(override, resume)
     chosen = resolve(explicit, os.environ, config)
 

@@ -28,8 +28,9 @@ from truestep.data.tokens import (
     is_prepared,
     open_prepared,
 )
+from truestep.manifest import MANIFEST, DirectoryWriter
 from truestep.observe.text import count
-from truestep.storage import LOCAL, MANIFEST, DirectoryWriter, Storage, StorageError
+from truestep.storage import LOCAL, Storage, StorageError
 
 _SPLITS = ("train", "validation")
 # A split by whole files that holds out less or more than this share of the text is no good.

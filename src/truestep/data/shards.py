@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import SplitRecord, dtype_of
-from truestep.storage import DirectoryWriter
+from truestep.manifest import DirectoryWriter
 
 SHARD_TOKENS = 2**24  # 16 to 64 MiB, by the width of an id
 

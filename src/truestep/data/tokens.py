@@ -21,14 +21,8 @@ from jaxtyping import Int64, Integer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from truestep.data.tokenizer import DEFINITION, Tokenizer, load_tokenizer
-from truestep.storage import (
-    MANIFEST,
-    FileRecord,
-    OtherVersionError,
-    StorageError,
-    read_file,
-    read_manifest,
-)
+from truestep.manifest import MANIFEST, OtherVersionError, read_manifest
+from truestep.storage import FileRecord, StorageError, read_file
 
 FORMAT = "truestep tokens"
 FORMAT_VERSION = 2  # 1 had neither seals nor checksums of blocks

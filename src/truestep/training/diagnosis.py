@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from truestep.runtime import uncompiled
+from truestep.compiler import uncompiled
 from truestep.training.guard import BufferGuard
 from truestep.training.optim import clip_gradients
 from truestep.training.watch import Watch, is_finite, is_finite_or_mask, owner_of

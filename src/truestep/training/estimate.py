@@ -34,7 +34,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a trainer's steps take; seconds are measured, None where nothing was run.
+    """What a trainer's steps take, in seconds where it is time; None where it cannot be told.
 
     `first_step` holds what compiling takes. `step` is the median of those after it.
     """

@@ -4,7 +4,6 @@ import warnings
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,9 @@ from truestep.machine import free_bytes
 from truestep.observe.text import format_bytes
 from truestep.runtime import attention_kernels, computing, module_modes
 from truestep.training.probe import logits_of
+
+# The resident memory of a step on a CPU was 1.2 times the sum of its tensors: allocators round up.
+_WASTE = 1.25
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # untyped in torch
@@ -100,10 +102,6 @@ def _rows(batch: Batch, size: int) -> Batch:
     return Batch(batch.tokens[index], batch.targets[index], inputs)
 
 
-# The resident memory of a step on a CPU was 1.2 times the sum of its tensors: allocators round up.
-_WASTE = 1.25
-
-
 def needed_bytes(
     model: nn.Module, batch: Batch, size: int, precision: Literal["float32", "bfloat16"]
 ) -> int:
@@ -143,6 +141,18 @@ def largest_micro_batch(
     return low
 
 
+def largest_divisor(
+    model: nn.Module, batch: Batch, below: int, room: int, precision: Literal["float32", "bfloat16"]
+) -> int:
+    """Return the most rows `below` a number that divide the batch and take up to `room` bytes.
+
+    0 if there are none. Errors: as for `footprint`.
+    """
+    sizes = [size for size in range(1, below) if len(batch.tokens) % size == 0]
+    count = bisect_right(sizes, room, key=lambda n: needed_bytes(model, batch, n, precision))
+    return sizes[count - 1] if count else 0
+
+
 def micro_batch_that_fits(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -161,14 +171,12 @@ def micro_batch_that_fits(
         needed = needed_bytes(model, batch, rows, precision)
         if needed <= room:
             return "auto"
-        sizes = [size for size in range(1, rows) if rows % size == 0] or [1]
-        fits = partial(needed_bytes, model, batch, precision=precision)
-        size = sizes[max(0, bisect_right(sizes, room, key=fits) - 1)]
+        size = largest_divisor(model, batch, rows, room, precision) or 1
     except (RuntimeError, AssertionError):  # the model does not run on fake tensors
         return "auto"
     warnings.warn(
         f"a step of {rows} rows needs about {format_bytes(needed)}, and {format_bytes(room)} are "
-        f"free: it is split into micro-batches of {size}, with the same loss and gradient",
+        f"free: it is split into micro-batches of {size}; but for dropout, loss and gradient stay",
         stacklevel=2,
     )
     return size

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from truestep import runtime
+from truestep import compiler, runtime
 from truestep.batch import Batch
 from truestep.loss import compute_loss, token_losses
 from truestep.training.probe import logits_of
@@ -34,7 +34,7 @@ class ForwardLoss:
 
         self._model, self._precision, self._device = model, precision, device
         self._eager: Callable[..., Tensor] = forward_loss
-        self._call = runtime.compiled(forward_loss, device) if compiled else forward_loss
+        self._call = compiler.compiled(forward_loss, device) if compiled else forward_loss
 
     def __call__(self, batch: Batch, num_tokens: Int[Tensor, ""]) -> Float[Tensor, ""]:
         """Return this micro-batch's share of the loss, connected to the graph."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from truestep import runtime
 from truestep.batch import Batch, check_token_ids
+from truestep.compiler import resolve_compile
 from truestep.config import TrainingConfig
 from truestep.metrics import StepMetrics
 from truestep.observe.sinks import ConsoleSink, Sink
@@ -195,7 +196,7 @@ class Trainer:
         self.facts = probe(self.model, batch)
         flops = self.facts.flops_per_token if self.facts else 0.0
         run_flops = flops * batch.tokens.numel() * self.config.num_steps
-        compile_it = runtime.resolve_compile(self.config.compile, self.device, run_flops)
+        compile_it = resolve_compile(self.config.compile, self.device, run_flops)
         size = self.config.micro_batch_size
         if size == "auto":
             size = micro_batch_that_fits(self.model, self.optimizer, batch, self.precision)

@@ -4,7 +4,6 @@ What a step needs is computed on fake tensors, which have shapes and take no mem
 to take is measured before the first step.
 """
 
-import bisect
 import contextlib
 import re
 import traceback
@@ -82,26 +81,26 @@ def _advice(
     trainer: "Trainer", batch: "Batch", size: int, room: int | None, directory: Path
 ) -> str:
     """Return what would fit, in figures, and the command to go on with."""
-    from truestep.training.footprint import needed_bytes
+    from truestep.training.footprint import largest_divisor, needed_bytes
 
-    sizes = [n for n in range(1, size) if len(batch.tokens) % n == 0]
+    unknown = "use a smaller training.micro_batch_size or a smaller model"
+    if room is None:
+        return unknown
+    model, precision = trainer.model, trainer.precision
 
     def needed(size: int) -> int:
-        return needed_bytes(trainer.model, batch, size, trainer.precision)
+        return needed_bytes(model, batch, size, precision)
 
     try:
         least = needed(1)
-        count = bisect.bisect_right(sizes, -1 if room is None else room, key=needed)
+        fitting = largest_divisor(model, batch, size, room, precision)
     except (RuntimeError, AssertionError):  # a model that does not run on fake tensors
-        room = None
-    if room is None:
-        return "use a smaller training.micro_batch_size or a smaller model"
-    if not count:
+        return unknown
+    if not fitting:
         return (
             f"one window needs about {format_bytes(least)}, and {format_bytes(room)} were free; "
             "use a smaller model or a shorter model.context_length"
         )
-    fitting = sizes[count - 1]
     return (
         f"it needs about {format_bytes(needed(size))}, and {format_bytes(room)} were free; "
         f"{fitting} needs {format_bytes(needed(fitting))}: go on with "

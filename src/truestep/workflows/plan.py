@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from truestep import runtime
+from truestep import compiler, runtime
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.machine import peak_bytes, processor_name
@@ -98,7 +98,7 @@ def plan_within(config: RunConfig, seconds: float, say: Say) -> Plan:
     found, steps = result.estimate, result.config.training.num_steps
     flops = (found.flops_per_token or 0.0) * found.tokens_per_step * steps
     device = runtime.resolve_device(result.config.run.device)
-    if not runtime.resolve_compile("auto", device, flops):
+    if not compiler.resolve_compile("auto", device, flops):
         return result
     other = _filled(plan(_compiling(config, "on"), say), seconds)
     return other if other.config.training.num_steps > steps else result

@@ -12,10 +12,11 @@ from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.tokenizer import DEFINITION
 from truestep.data.tokens import FORMAT, FORMAT_VERSION, is_prepared, open_prepared
+from truestep.manifest import MANIFEST, read_manifest
 from truestep.observe.log import METRICS, read_metrics, read_records
 from truestep.observe.text import count
 from truestep.settings import shown
-from truestep.storage import MANIFEST, FileRecord, StorageError, read_manifest, verify_file
+from truestep.storage import FileRecord, StorageError, verify_file
 from truestep.workflows.build import build_trainer
 from truestep.workflows.history import (
     CHANGES,

@@ -1,0 +1,96 @@
+"""Compiling: whether it pays, by which options, and what happens where it does not work."""
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from truestep.compile_cache import discard_cut_libraries
+
+# Arithmetic that earns back a cold compile, of 37 to 50 s on two CPU cores: 1000 steps of W3 are
+# 2e13 (with 4096 ids, 530 are 1.5e13), 250 of W1 and 290 of W2 are 6e13 to 7e13.
+_FLOPS_WORTH_COMPILING = {"cpu": 2.5e13, "cuda": 1e16}
+
+
+def resolve_compile(
+    setting: Literal["auto", "on", "off"], device: torch.device, run_flops: float
+) -> bool:
+    """Say whether to compile: auto does where a one-line probe compiles and the run is long."""
+    if setting == "auto":
+        worth_it = run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf"))
+        return worth_it and compile_options(device) is not None
+    return setting == "on"
+
+
+@functools.cache
+def compile_options(device: torch.device) -> dict[str, Any] | None:
+    """Return the options by which one line compiles for the device; None where none do.
+
+    A missing compiler or Python.h is common.
+    """
+    # The compiler is trusted to know the processor's vectors: six programs to find that out take 7
+    # of the 43 s of a first step of W3, and where it does not, the line fails as well.
+    attempts: list[dict[str, Any]] = [{"cpp.vec_isa_ok": True}, {}]
+    for options in attempts:
+        try:
+            torch.compile(lambda x: x + 1, options=options)(torch.zeros(1, device=device))
+        except (RuntimeError, OSError):
+            continue
+        return options
+    return None
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Compile a function into one graph for each shape; what cannot be traced runs as it is.
+
+    So does everything from the ninth shape on, since each takes seconds to minutes to compile. That
+    is said once, by a warning.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    discard_cut_libraries(Path(cache_dir()))
+    # Counted for this function alone: not with those of other trainers of the process.
+    compile_: Any = torch.compile  # whose overloads lack the last argument
+    options = compile_options(device)
+    fast = compile_(
+        function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+    )
+    works = True
+
+    def call(*arguments: Any) -> Any:
+        nonlocal works
+        if works:
+            try:
+                return fast(*arguments)
+            except FailOnRecompileLimitHit:
+                works = False
+                limit = torch._dynamo.config.recompile_limit
+                warnings.warn(
+                    f"more than {limit} shapes of batches were compiled: the model runs uncompiled "
+                    "from here on; pad batches to a few lengths, or set compile=off",
+                    stacklevel=2,
+                )
+            except TorchDynamoException as error:
+                works = False
+                reason = " ".join(str(error).split("\n", 2)[:2])  # who raised it, and what
+                warnings.warn(
+                    f"the model cannot be compiled whole and runs uncompiled: {reason}",
+                    stacklevel=2,
+                )
+        return function(*arguments)
+
+    return call
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which what was compiled runs as it is written, and calls its hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes 1.6 s
+        return contextlib.nullcontext()
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
