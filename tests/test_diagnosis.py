@@ -524,6 +524,7 @@ def test_checkpointed_modules_are_looked_into(windows, use_reentrant, phase):
             return SpoilGradient.apply(x) if phase == "backward" else x / 0
         return x
 
+    torch.manual_seed(0)  # one model in 256 turns the large embedding below into no number above 10
     model = Checkpointed(nn.Linear(8, 8), Do(spoil), nn.Linear(8, 8))
     batch = windows() % 10
     batch[2, 0] = 10
