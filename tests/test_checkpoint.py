@@ -29,7 +29,7 @@ from truestep.checkpoint.state import load_checkpoint, load_model, save_checkpoi
 from truestep.checkpoint.tensors import read_safetensors, safetensors_chunks
 from truestep.manifest import MANIFEST
 from truestep.storage import LocalStorage
-from truestep.training.optim import MuonAdamW
+from truestep.training.muon import Muon, MuonAdamW
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -94,7 +94,10 @@ def muon(model):
 def muon_adamw(model):
     matrices = [model.transposed]
     rest = [p for p in model.parameters() if p is not model.transposed]
-    return MuonAdamW(torch.optim.AdamW(rest, lr=0.1, fused=True), torch.optim.Muon(matrices))
+    return MuonAdamW(
+        torch.optim.AdamW(rest, lr=0.1, fused=True),
+        Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.1, dtype=torch.float32),
+    )
 
 
 def new_run(seed=0, optimizer=fused, **shape):

@@ -18,6 +18,7 @@ from truestep import (
     runtime,
 )
 from truestep.training.guard import UpdateGuard
+from truestep.training.muon import Muon
 from truestep.training.optim import adamw, clip_gradients, decay_groups, update
 
 PLAIN = {"precision": "float32", "compile": "off", "max_grad_norm": "off"}
@@ -415,6 +416,70 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest_as_one_optimizer(bigram, 
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert len(trainer.optimizer.state) == len(before)
     assert "momentum_buffer" in trainer.optimizer.state[model.hidden.weight]
+
+
+def pair(shape, dtype, make):
+    """A matrix and its optimizer, from the same numbers whichever optimizer it is."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+    return matrix, make([matrix])
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)]
+)
+def test_muon_is_the_written_formula_in_every_dtype(shape, dtype, tolerance):
+    """Law 11 for Muon: momentum, five polynomials of the singular values, scale and decay."""
+
+    def make(matrices):
+        return Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.2, dtype=dtype)
+
+    matrix, optimizer = pair(shape, torch.float64, make)
+    wanted, average = matrix.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        matrix.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+        average = 0.9 * average + 0.1 * matrix.grad
+        update = 0.9 * average + 0.1 * matrix.grad
+        u, s, v = torch.linalg.svd(update, full_matrices=False)
+        s = s / update.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        rate = 0.1 * max(1.0, shape[0] / shape[1]) ** 0.5
+        wanted = wanted * (1 - 0.1 * 0.2) - rate * u @ torch.diag(s) @ v
+        optimizer.step()
+    torch.testing.assert_close(matrix.detach(), wanted, rtol=0, atol=tolerance)
+
+
+def test_muon_in_bfloat16_is_torchs():
+    results = []
+    for make in (
+        lambda m: torch.optim.Muon(m, lr=0.1, momentum=0.9, weight_decay=0.2),
+        lambda m: Muon(m, lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.bfloat16),
+    ):
+        matrix, optimizer = pair((24, 16), torch.float32, make)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+            optimizer.step()
+        results.append((matrix.detach(), optimizer.state[matrix]["momentum_buffer"]))
+    for torchs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("narrow", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_iterates_in_what_the_hardware_multiplies(bigram, windows, monkeypatch, narrow, dtype):
+    seen = set()
+
+    def look(matrix):
+        seen.add(matrix.dtype)
+        return matrix
+
+    monkeypatch.setattr("truestep.training.compose.multiplies_bfloat16", lambda _: narrow)
+    monkeypatch.setattr("truestep.training.muon.orthogonal", look)
+    Trainer(bigram(), plain_config(optimizer="muon"), sinks=[]).training_step(windows())
+    assert seen == {dtype}
 
 
 class Functional(torch.nn.Module):

@@ -71,10 +71,11 @@ def resolve_precision(
     parameters = (p for p in model.parameters() if p.is_floating_point())
     if any(parameter.dtype != torch.float32 for parameter in parameters):
         return "float32"
-    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Say whether the hardware of a device multiplies bfloat16 itself."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":

@@ -5,8 +5,10 @@ from torch import nn
 
 from truestep.batch import Batch
 from truestep.config import TrainingConfig
+from truestep.runtime import multiplies_bfloat16
 from truestep.training.companion import Companion
-from truestep.training.optim import MuonAdamW, adamw, hidden_matrices, trainable_parameters
+from truestep.training.muon import Muon, MuonAdamW, hidden_matrices
+from truestep.training.optim import adamw, trainable_parameters
 from truestep.training.probe import probe
 from truestep.training.schedule import Schedule, constant, warmup_cosine, warmup_stable_decay
 
@@ -25,11 +27,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     )
     if not matrices:
         return rest
-    muon = torch.optim.Muon(
+    narrow = multiplies_bfloat16(matrices[0].device)
+    muon = Muon(
         matrices,
         lr=config.muon_learning_rate,
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
+        dtype=torch.bfloat16 if narrow else torch.float32,
     )
     return MuonAdamW(rest, muon)
 

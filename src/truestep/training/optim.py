@@ -1,4 +1,4 @@
-"""Optimizers: AdamW with honest decay groups, and Muon paired with it."""
+"""AdamW with honest decay groups, and what surrounds an update of any optimizer."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,27 +29,6 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-def hidden_matrices(model: nn.Module, head: nn.Module) -> list[nn.Parameter]:
-    """Return what Muon takes: matrices except embeddings, what is tied to them, and the head.
-
-    `head` is the layer that produces the logits.
-    Errors: ValueError for a model without such a matrix.
-    """
-    others = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or module is head
-        for parameter in module.parameters(recurse=False)
-    }
-    matrices = [p for p in trainable_parameters(model) if p.dim() == 2 and id(p) not in others]
-    if not matrices:
-        raise ValueError(
-            f"optimizer=muon finds no hidden matrix in {type(model).__name__}: every matrix is an "
-            "embedding or the head; use optimizer=adamw"
-        )
-    return matrices
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
@@ -85,39 +64,6 @@ def adamw(
         weight_decay=weight_decay,
         fused=fused,
     )
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for hidden matrices and AdamW for the rest, as one optimizer with one state.
-
-    `defaults` and the first two groups are AdamW's; the last group is Muon's.
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
-    """
-
-    def __init__(self, rest: torch.optim.AdamW, matrices: torch.optim.Muon) -> None:
-        self._adamw, self._muon = rest, matrices
-        super().__init__([*rest.param_groups, *matrices.param_groups], rest.defaults)
-        self._share()
-
-    def _share(self) -> None:
-        """Let both halves work on this optimizer's own groups and state."""
-        self._adamw.param_groups = self.param_groups[:-1]
-        self._muon.param_groups = self.param_groups[-1:]
-        self._adamw.state = self._muon.state = self.state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_adamw": self._adamw, "_muon": self._muon}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this pair."""
-        super().load_state_dict(state_dict)
-        self._share()
-
-    def step(self, closure: Any = None) -> Any:
-        """Update every parameter once."""
-        loss = self._adamw.step(closure)
-        self._muon.step()  # type: ignore[no-untyped-call]
-        return loss
 
 
 def clip_gradients(gradients: list[Tensor], max_norm: float | None) -> Tensor:
