@@ -40,7 +40,7 @@ def test_a_step_never_waits_for_the_device(trainer):
         trainer.training_step(batch(seed))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        launched = [trainer._step(batch(seed)) for seed in range(2, 5)]
+        launched = [trainer._launch(batch(seed)) for seed in range(2, 5)]
         trainer.fit(Pinned(), num_steps=8)
     finally:
         torch.cuda.set_sync_debug_mode("default")

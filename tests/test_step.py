@@ -239,12 +239,12 @@ def test_on_an_accelerator_no_step_launched_after_a_non_finite_one_updates(bigra
     model = Poison(bigram(), "loss")
     trainer = build(model, "adamw")
     trainer._guard = UpdateGuard(0, 0, trainer.device)  # as `fit` sets it
-    trainer._step(windows())
+    trainer._launch(windows())
     arm(model)
     before = state_of(trainer)
-    assert trainer._step(windows()).numbers.read()["skipped"]
+    assert trainer._launch(windows()).numbers.read()["skipped"]
     model.armed = False
-    assert trainer._step(windows()).numbers.read()["skipped"]
+    assert trainer._launch(windows()).numbers.read()["skipped"]
     assert_same_bits(state_of(trainer), before)
 
 

@@ -51,6 +51,11 @@ def free_bytes(device: torch.device) -> int | None:
     return int(max(0, free - _HEAP_BYTES))
 
 
+def accelerator_is_full(error: BaseException) -> bool:
+    """Say whether an error is an accelerator's that has no more memory; a CPU raises others."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
 def peak_bytes(device: torch.device) -> int | None:
     """Return the most memory this process has had on a device; None where nobody says.
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterable, Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from truestep import runtime
 from truestep.batch import Batch, check_token_ids
 from truestep.compiler import resolve_compile
 from truestep.config import TrainingConfig
+from truestep.machine import accelerator_is_full
 from truestep.metrics import StepMetrics
 from truestep.observe.sinks import ConsoleSink, Sink
 from truestep.training.companion import Companion
@@ -81,7 +84,9 @@ class Trainer:
         self._forward: ForwardLoss | None = None
         self._guard = UpdateGuard(_NEVER, 0, self.device)
         self._buffers = BufferGuard(model)
-        self.mid_update = False  # an exception left the state between two steps
+        self.in_step = False  # an exception came out of a step
+        self.mid_update = False  # and left the state between two of them
+        self.when_resized: Callable[[], object] = lambda: None  # before a step is made again
         self._stopping = False
         self._steps_taken = 0
         self._clock = 0.0  # when the time that the next record reports began
@@ -106,15 +111,13 @@ class Trainer:
         batch without a target, change nothing; `metrics.skipped` says so.
         """
         self._clock = time.perf_counter()
-        return self._report(self._step(batch))[0]
+        return self._report(self._launch(batch))[0]
 
-    def _step(self, batch: Any) -> _Launched:
+    def _step(self, batch: Batch) -> _Launched:
         """Forward, loss, backward and update: the whole of training is here."""
-        batch = self._checked(Batch.of(batch))
         on_device = batch.to(self.device)
         num_tokens = on_device.num_targets  # of the whole global batch
         loss = torch.zeros((), device=self.device)
-        self.mid_update = True
         buffers = self._buffers.copy()
         clear_gradients(self.model, self.optimizer)
         with self._step_state():
@@ -124,6 +127,7 @@ class Trainer:
                     loss = loss + self._forward_backward(micro_batch, num_tokens)
             grad_norm = self._clip_gradients()  # measured even when clipping is off
             finite = loss.isfinite() & grad_norm.isfinite()
+            self.mid_update = True
             skipped, halted = self._guard.judge(finite, num_tokens)
             learning_rate = set_learning_rates(self.optimizer, self.schedule, self.step)
             update(self.optimizer, skipped)
@@ -136,6 +140,30 @@ class Trainer:
             loss=loss, grad_norm=grad_norm, num_tokens=num_tokens, skipped=skipped, halted=halted
         )
         return _Launched(self.step, batch, numbers, learning_rate)
+
+    def _launch(self, batch: Any) -> _Launched:
+        """Make a step, which leaves no trace if it fails before its update.
+
+        Where the memory of an accelerator ends, the step is made again in smaller micro-batches.
+        """
+        batch = self._checked(Batch.of(batch))
+        self.in_step = True
+        while True:
+            buffers = self._buffers.copy()
+            try:
+                launched = self._step(batch)
+            except BaseException as error:
+                if self.mid_update:
+                    raise
+                again = accelerator_is_full(error) and self._resize(batch, error)
+                self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, device=self.device))
+                clear_gradients(self.model, self.optimizer)
+                if not again:
+                    raise
+                self.when_resized()
+            else:
+                self.in_step = False
+                return launched
 
     def fit(self, data: StepData | Iterable[Any], num_steps: int | None = None) -> None:
         """Train up to step `num_steps` (default: the config's), calling the companions on the way.
@@ -157,7 +185,7 @@ class Trainer:
         try:
             if self.step < end:
                 for batch in batches_from(data, self.step, resumed=resumed):
-                    in_flight.append(self._step(batch))
+                    in_flight.append(self._launch(batch))
                     due = self._due(self.step, end)
                     while len(in_flight) > (1 if self.runs_ahead and not due else 0):
                         self._finish(in_flight.pop(0), end)
@@ -281,6 +309,25 @@ class Trainer:
         """Return how many rows of a batch one backward pass takes."""
         size = self.config.micro_batch_size
         return len(batch.tokens) if size == "auto" else size
+
+    def _resize(self, batch: Batch, error: BaseException) -> bool:
+        """Halve the micro-batches, at least; False if they have one row. Frees what failed held."""
+        rows = len(batch.tokens)
+        size = min(self.micro_batch_size(batch), rows)
+        smaller = max((n for n in range(1, size // 2 + 1) if rows % n == 0), default=0)
+        if not smaller:
+            return False
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        self.config = self.config.model_copy(update={"micro_batch_size": smaller})
+        warnings.warn(
+            f"the memory of {self.device} ended in step {self.step + 1} with micro-batches of "
+            f"{size} rows: from here on they have {smaller}; but for dropout, loss and gradient "
+            "stay",
+            stacklevel=2,
+        )
+        return True
 
     def _forward_backward(self, batch: Batch, num_tokens: Tensor) -> Tensor:
         """Add this micro-batch's share of the gradient; return its share of the loss."""

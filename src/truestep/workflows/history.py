@@ -62,12 +62,17 @@ def _value(config: Config, name: str) -> Any:
     return config
 
 
-def record_changes(directory: Path, step: int, before: RunConfig, after: RunConfig) -> None:
-    """Write down, durably, what a run that goes on from `step` changes of what is trained."""
+def record_changes(
+    directory: Path, step: int, before: RunConfig, after: RunConfig, *, resuming: bool = True
+) -> None:
+    """Write down, durably, what changes of what is trained after `step`.
+
+    Where a run goes on from `step`, what it had changed from there on before counts no more.
+    """
     changes = trajectory_changes(before, after)
     if not changes and not (directory / CHANGES).exists():
         return
-    sink = JsonlSink(directory / CHANGES, from_step=step - 1)  # what it changed before counts not
+    sink = JsonlSink(directory / CHANGES, from_step=step - 1 if resuming else step)
     try:
         for setting, old, new in changes:
             sink.write({"step": step, "setting": setting.name, "before": old, "after": new})

@@ -68,9 +68,7 @@ def memory_explained(trainer: "Trainer", batch: "Batch", directory: Path) -> Ite
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
         trainer.model.zero_grad()
         size = trainer.micro_batch_size(batch)
-        place = (
-            f"in step {trainer.step + 1}" if trainer.mid_update else f"after step {trainer.step}"
-        )
+        place = f"in step {trainer.step + 1}" if trainer.in_step else f"after step {trainer.step}"
         raise MemoryExhaustedError(
             f"out of memory {place} with micro_batch_size={size}: "
             + _advice(trainer, batch, size, room, directory)

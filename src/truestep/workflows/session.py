@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from truestep.training.companion import every
 from truestep.training.evaluate import Evaluation
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training
-from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_text
+from truestep.workflows.history import record_changes
+from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_run_files, write_text
 
 
 class Session:
@@ -34,6 +36,7 @@ class Session:
     def __init__(self, directory: Path, training: Training, display: Display | None = None) -> None:
         config, trainer = training.config, training.trainer
         self.training = training
+        self._directory = directory
         self._validation: tuple[int, Validation] | None = None  # of that step
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -70,6 +73,7 @@ class Session:
             every(config.run.evaluate_every, self.validate),
             every(config.run.save_every, lambda *_: self._save()),
         ]
+        trainer.when_resized = self._record_size
 
     def __enter__(self) -> "Session":
         return self
@@ -103,6 +107,20 @@ class Session:
             facts=training.saved_facts(),
             validation=validation if step == training.trainer.step else None,
         )
+
+    def _record_size(self) -> None:
+        """Write down, durably, that the steps from here on have smaller micro-batches.
+
+        A checkpoint comes first: whoever goes on, goes on from where the size changed.
+        """
+        before, trainer = self.training, self.training.trainer
+        if trainer.step:
+            self.save()
+            self._writer.wait()
+        config = before.config.model_copy(update={"training": trainer.config})
+        self.training = replace(before, config=config)
+        record_changes(self._directory, trainer.step, before.config, config, resuming=False)
+        write_run_files(self._directory, config, before.facts, before.data.tokenizer)
 
     def validate(self, trainer: Trainer, _: StepMetrics | None = None) -> None:
         """Validate, let the model write, and save what may be the best.
