@@ -13,6 +13,7 @@ LEVELS = {
     "config": 0,
     "batch": 0,
     "compile_cache": 0,
+    "gpus": 0,
     "loss": 0,
     "manifest": 0,
     "metrics": 0,

@@ -13,7 +13,8 @@ from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compiler
 from truestep.batch import Batch
 from truestep.cli import main
 from truestep.config import RunConfig
-from truestep.training.estimate import Estimate, estimate
+from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
+from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.training.footprint import (
     bytes_to_come,
     footprint,
@@ -213,3 +214,55 @@ def test_the_command_says_aloud_that_it_splits_and_writes_it_down(monkeypatch, c
     assert re.fullmatch(r"warning: a step of 4 rows needs [^\n]* micro-batches of 1; [^\n]*\n", err)
     settings = tomllib.loads(Path("runs/text-1/config.toml").read_text())
     assert settings["training"]["micro_batch_size"] == 1
+
+
+def test_a_gpu_that_is_not_here_is_computed_from_its_data_sheet():
+    trainer = Trainer(model(), TrainingConfig(precision="float32", compile="off"), sinks=[])
+    gpu = find_gpu("H100")
+    found = computed_estimate(trainer, batch_at(0), gpu)
+    assert trainer.step == 0
+    assert found.step == pytest.approx(found.flops_per_token * 128 / (0.4 * 989e12))
+    assert found.utilization == pytest.approx(ASSUMED_UTILIZATION)
+    assert found.memory.moments == 2 * found.memory.weights == 8 * found.num_parameters
+    assert found.largest_micro_batch > 1000
+    assert trainer.config.micro_batch_size == 4
+
+
+def test_what_does_not_fit_on_a_gpu_is_split_or_refused():
+    trainer = Trainer(model(), TrainingConfig(precision="float32", compile="off"), sinks=[])
+    beside = 2**30 + 16 * sum(p.numel() for p in trainer.model.parameters())
+    room = needed_bytes(trainer.model, batch_at(0), 3, "bfloat16", on_gpu=True)
+    found = computed_estimate(trainer, batch_at(0), GPU("a small one", 1e12, beside + room))
+    assert found.largest_micro_batch == 3
+    assert trainer.config.micro_batch_size == 2  # divides the batch
+    with pytest.raises(ValueError, match=r"one window needs .* of the tiny one are left; use a sm"):
+        computed_estimate(trainer, batch_at(0), GPU("tiny one", 1e12, beside))
+    trainer = Trainer(ForksOnValues(), TrainingConfig(), sinks=[])
+    with pytest.raises(ValueError, match="ForksOnValues does not run on tensors without values"):
+        computed_estimate(trainer, batch_at(0), gpu=find_gpu("l4"))
+
+
+def test_attention_on_a_gpu_holds_no_square_of_the_context():
+    def bytes_of(length, **where):
+        shape = GPTConfig(context_length=length, vocab_size=64, num_layers=1, num_heads=8, width=64)
+        batch = Batch.of(torch.zeros(1, length + 1, dtype=torch.long))
+        return footprint(GPT(shape), batch, 1, "bfloat16", **where).total
+
+    assert bytes_of(1024, on_gpu=True) < 2.1 * bytes_of(512, on_gpu=True)
+    assert bytes_of(1024) > 3 * bytes_of(512)  # a CPU holds the scores
+
+
+def test_the_command_plans_for_a_gpu_and_marks_it_as_computed(capsys):
+    command = ["plan", "tiny.toml", "--data", "text.txt", "--gpu"]
+    assert main([*command, "a100-40gb", "--minutes", "1", "--out", "plan.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "NVIDIA A100 40GB, by its data sheet, bfloat16" in out
+    assert "computed at an assumed MFU of 40%, not measured" in out
+    assert "1:00 for" in out
+    settings = tomllib.loads(Path("plan.toml").read_text())
+    assert settings["run"]["device"] == "auto"
+    assert settings["training"]["num_steps"] > 10_000
+    assert main([*command, "h10"]) == 2
+    assert "gpu='h10' has no data sheet here; did you mean h100?" in capsys.readouterr().err
+    assert main([*command, "x"]) == 2
+    assert "use one of a100-40gb, a100-80gb, b200" in capsys.readouterr().err

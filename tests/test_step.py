@@ -405,6 +405,38 @@ def test_decay_groups_hold_matrices_and_vectors_apart(bigram):
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_embeddings_may_have_a_learning_rate_of_their_own(bigram, windows, optimizer):
+    """The first AdamW update of a weight is its rate, whatever the gradient."""
+    config = plain_config(
+        optimizer=optimizer, learning_rate=1e-3, embedding_learning_rate=0.5, weight_decay=0.0
+    )
+    model = bigram()
+    trainer = Trainer(model, config, sinks=[])
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = trainer.optimizer.param_groups
+    assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    metrics = trainer.training_step(windows())
+    assert metrics.learning_rate == 1e-3
+    moved = {name: (p.detach() - before[name]).abs().max() for name, p in model.named_parameters()}
+    assert moved["embedding.weight"] == pytest.approx(0.5, rel=1e-3)
+    assert moved["head.weight"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_embedding_that_is_the_head_too_has_no_rate_of_its_own(bigram, windows):
+    model = bigram()
+    model.head.weight = model.embedding.weight
+    config = plain_config(embedding_learning_rate=0.5)
+    with pytest.raises(ValueError, match="Bigram has no embedding apart from its head; leave it"):
+        Trainer(model, config, sinks=[])
+    model.positions = torch.nn.Embedding(8, 8)
+    trainer = Trainer(model, config, sinks=[])
+    assert [id(p) for p in trainer.optimizer.param_groups[-1]["params"]] == [
+        id(model.positions.weight)
+    ]
+
+
 def test_muon_takes_hidden_matrices_and_adamw_the_rest_as_one_optimizer(bigram, windows):
     model = bigram()
     trainer = Trainer(model, plain_config(optimizer="muon"), sinks=[])

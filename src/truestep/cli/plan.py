@@ -9,6 +9,7 @@ from cyclopts.validators import Number
 
 from truestep.cli.options import RunOptions, given, say
 from truestep.config import resolve
+from truestep.gpus import find_gpu
 from truestep.shell import command
 
 _NO_OPTIONS = RunOptions()
@@ -20,6 +21,7 @@ def plan(
     *,
     data: Annotated[str | None, Parameter(alias="-d")] = None,
     minutes: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
+    gpu: str | None = None,
     out: Annotated[Path | None, Parameter(alias="-o")] = None,
     price_per_hour: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
     options: Annotated[RunOptions, Parameter(name="*", negative_iterable=())] = _NO_OPTIONS,
@@ -34,6 +36,8 @@ def plan(
         What to train on: a text file, a directory, or a built-in corpus. Short for --data.source.
     minutes
         Choose num_steps so that the run takes this long, from the command to its last update.
+    gpu
+        Compute it for a GPU that is not here, from its data sheet: h100, a100-80gb, rtx4090, ...
     out
         Where to write the settings in plain values, as a TOML file for `truestep train`.
     price_per_hour
@@ -44,12 +48,18 @@ def plan(
     """
     chosen = resolve(given(options, data), os.environ, config)
 
-    from truestep.workflows.plan import lines_of, plan_within, write_config
+    from truestep.workflows.plan import filled, lines_of, plan_on, plan_within, write_config
     from truestep.workflows.plan import plan as plan_run
     from truestep.workflows.run import check_new_run
 
     check_new_run(chosen.run)
-    result = plan_run(chosen, say) if minutes is None else plan_within(chosen, 60 * minutes, say)
+    if gpu is not None:
+        result = plan_on(chosen, find_gpu(gpu), say)
+        result = result if minutes is None else filled(result, 60 * minutes)
+    elif minutes is not None:
+        result = plan_within(chosen, 60 * minutes, say)
+    else:
+        result = plan_run(chosen, say)
     for line in lines_of(result, price_per_hour):
         say(line)
     if out is not None:

@@ -8,7 +8,7 @@ from truestep.config import TrainingConfig
 from truestep.runtime import multiplies_bfloat16
 from truestep.training.companion import Companion
 from truestep.training.muon import Muon, MuonAdamW, hidden_matrices
-from truestep.training.optim import adamw, trainable_parameters
+from truestep.training.optim import adamw, embedding_matrices, trainable_parameters
 from truestep.training.probe import probe
 from truestep.training.schedule import Schedule, constant, warmup_cosine, warmup_stable_decay
 
@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     """Return the optimizer that `config` names, over every parameter that requires a gradient."""
     parameters = trainable_parameters(model)
     matrices = _muon_matrices(model) if config.optimizer == "muon" else []
-    chosen = {id(matrix) for matrix in matrices}
+    embeddings = _faster_embeddings(model, config)
+    chosen = {id(parameter) for parameter in (*matrices, *embeddings)}
     rest = adamw(
         [parameter for parameter in parameters if id(parameter) not in chosen],
         learning_rate=config.learning_rate,
@@ -25,6 +26,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         betas=config.betas,
         eps=config.eps,
     )
+    if embeddings:
+        rest.add_param_group({"params": embeddings, "lr": config.embedding_learning_rate})
     if not matrices:
         return rest
     narrow = multiplies_bfloat16(matrices[0].device)
@@ -36,6 +39,18 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         dtype=torch.bfloat16 if narrow else torch.float32,
     )
     return MuonAdamW(rest, muon)
+
+
+def _faster_embeddings(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
+    """Return the embeddings that have a learning rate of their own."""
+    if config.embedding_learning_rate == "auto":
+        return []
+    if embeddings := embedding_matrices(model):
+        return embeddings
+    raise ValueError(
+        f"embedding_learning_rate={config.embedding_learning_rate}, but {type(model).__name__} has "
+        "no embedding apart from its head; leave it at auto"
+    )
 
 
 def _muon_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from truestep.batch import Batch
+from truestep.gpus import ASSUMED_UTILIZATION, GPU
 from truestep.machine import free_bytes, measure_peak_flops
 from truestep.metrics import model_flops_utilization
+from truestep.observe.text import format_bytes
 from truestep.training.footprint import (
     bytes_to_come,
     footprint,
@@ -19,6 +21,7 @@ from truestep.training.footprint import (
 from truestep.training.trainer import Trainer
 
 _WARM_UP_STEPS, _LEAST_STEPS, _PROBE_SECONDS = 2, 5, 5.0
+_PROCESS_BYTES = 2**30  # of a GPU: driver, kernels, the allocator's gaps
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,53 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
         first_step=seconds[0],
         step=statistics.median(seconds[_WARM_UP_STEPS:]),
         peak_flops_per_second=measure_peak_flops(trainer.device, dtype),
+    )
+
+
+def computed_estimate(trainer: Trainer, batch: Batch, gpu: GPU) -> Estimate:
+    """Return what steps would take on a GPU that is not here, by its data sheet; nothing is run.
+
+    `trainer` has its model on a CPU. The time of a step is its matrix products at
+    ASSUMED_UTILIZATION; what does not fit into memory is split.
+    Errors: ValueError for a model that does not run on fake tensors, or of which no row fits.
+    """
+    trainer.prepare(batch)
+    model = trainer.model
+    parameters = list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    # Weights, two moments, gradients of the micro-batches before, and what a process itself holds.
+    room = gpu.memory_bytes - _PROCESS_BYTES - weights - 3 * trained
+    try:
+        largest = largest_micro_batch(model, batch, room, "bfloat16", on_gpu=True)
+        rows = len(batch.tokens)
+        size = max((n for n in range(1, rows + 1) if rows % n == 0 and n <= largest), default=0)
+        held = footprint(model, batch, max(size, 1), "bfloat16", on_gpu=True)
+    except (RuntimeError, AssertionError):
+        held, size = None, 0
+    if held is None or trainer.facts is None:
+        raise ValueError(
+            f"{type(model).__name__} does not run on tensors without values: what it takes cannot "
+            "be computed; plan it on the GPU itself"
+        )
+    if not size:
+        raise ValueError(
+            f"one window needs {format_bytes(held.total)} beside weights and moments, and "
+            f"{format_bytes(max(0, room))} of the {gpu.title} are left; use a smaller model or a "
+            "shorter model.context_length"
+        )
+    tokens, flops = batch.tokens.numel(), trainer.facts.flops_per_token
+    step = flops * tokens / (ASSUMED_UTILIZATION * gpu.flops_per_second)
+    trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
+    return Estimate(
+        num_parameters=sum(p.numel() for p in parameters),
+        flops_per_token=flops,
+        tokens_per_step=tokens,
+        memory=Memory(weights, trained, 2 * trained, max(0, held.total - trained), held.logits),
+        largest_micro_batch=largest,
+        first_step=step,
+        step=step,
+        peak_flops_per_second=gpu.flops_per_second,
     )
 
 

@@ -1,5 +1,6 @@
 """The memory that a step takes, learnt without taking it."""
 
+import contextlib
 import warnings
 import weakref
 from bisect import bisect_right
@@ -60,13 +61,17 @@ class Footprint(NamedTuple):
 
 
 def footprint(
-    model: nn.Module, batch: Batch, size: int, precision: Literal["float32", "bfloat16"]
+    model: nn.Module,
+    batch: Batch,
+    size: int,
+    precision: Literal["float32", "bfloat16"],
+    on_gpu: bool = False,
 ) -> Footprint:
     """Return the most that forward, loss and backward of a micro-batch hold at one time.
 
     That is every tensor beside parameters and batch, gradients included, when not compiled; `batch`
     gives the length, `size` the rows, also more than it has. Nothing is computed: fake tensors have
-    only shapes.
+    only shapes. With `on_gpu`, as a GPU would in bfloat16: attention holds no square of the length.
 
     Errors: RuntimeError or AssertionError for a model that does not run so, because what it does
     depends on the values.
@@ -81,9 +86,16 @@ def footprint(
         }
         tokens, targets = (fake.from_tensor(t).to(device) for t in (rows.tokens, rows.targets))
         inputs = {name: fake.from_tensor(value).to(device) for name, value in rows.inputs.items()}
-        attention = attention_kernels(precision, device, tokens.shape[1])
+        if on_gpu:  # as wide as bfloat16, for which a CPU may have other ways
+            attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+            arithmetic: contextlib.AbstractContextManager[Any] = torch.autocast(
+                "cpu", torch.float16
+            )
+        else:
+            attention = attention_kernels(precision, device, tokens.shape[1])
+            arithmetic = computing(precision, device)
         with attention, _Ledger([*state.values(), tokens, targets, *inputs.values()]) as ledger:
-            with computing(precision, device):
+            with arithmetic:
                 output = torch.func.functional_call(model, state, (tokens,), inputs)
             logits = logits_of(output)
             loss = compute_loss(logits, targets)
@@ -103,10 +115,14 @@ def _rows(batch: Batch, size: int) -> Batch:
 
 
 def needed_bytes(
-    model: nn.Module, batch: Batch, size: int, precision: Literal["float32", "bfloat16"]
+    model: nn.Module,
+    batch: Batch,
+    size: int,
+    precision: Literal["float32", "bfloat16"],
+    on_gpu: bool = False,
 ) -> int:
     """Return what a micro-batch takes of the machine, allocators included. Errors: as above."""
-    return int(_WASTE * footprint(model, batch, size, precision).total)
+    return int(_WASTE * footprint(model, batch, size, precision, on_gpu).total)
 
 
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -124,19 +140,23 @@ def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def largest_micro_batch(
-    model: nn.Module, batch: Batch, room: int, precision: Literal["float32", "bfloat16"]
+    model: nn.Module,
+    batch: Batch,
+    room: int,
+    precision: Literal["float32", "bfloat16"],
+    on_gpu: bool = False,
 ) -> int:
     """Return the most rows, to one in fifty, of a micro-batch that takes up to `room` bytes.
 
     0 if not even one does. Errors: as for `footprint`.
     """
     low, high = 0, 1
-    while (needed := needed_bytes(model, batch, high, precision)) <= room:
+    while (needed := needed_bytes(model, batch, high, precision, on_gpu)) <= room:
         # Nearly proportional: the next guess lies just above what fits.
         low, high = high, max(high + 1, high * room // needed + high // 50)
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
-        fits = needed_bytes(model, batch, middle, precision) <= room
+        fits = needed_bytes(model, batch, middle, precision, on_gpu) <= room
         low, high = (middle, high) if fits else (low, middle)
     return low
 

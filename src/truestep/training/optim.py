@@ -31,6 +31,18 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     ]
 
 
+def embedding_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters that embeddings alone hold: not those tied to a head."""
+    embeddings, others = dict[int, nn.Parameter](), set[int]()
+    for module in model.modules():
+        own = {id(p): p for p in module.parameters(recurse=False) if p.requires_grad}
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            embeddings |= own
+        else:
+            others |= own.keys()
+    return [parameter for key, parameter in embeddings.items() if key not in others]
+
+
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Say whether the optimizer takes a device flag that makes it leave everything as it was.
 

@@ -12,10 +12,11 @@ import tomli_w
 from truestep import compiler, runtime
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
+from truestep.gpus import ASSUMED_UTILIZATION, GPU
 from truestep.machine import peak_bytes, processor_name
 from truestep.observe.text import count, format_bytes, format_duration
 from truestep.storage import LOCAL, replace_file
-from truestep.training.estimate import Estimate, estimate
+from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.workflows.build import Training, build
 from truestep.workflows.run import RunError
 from truestep.workflows.session import Session
@@ -27,7 +28,8 @@ _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 class Plan:
     """A run before it is run, times in seconds; `config` has every auto in plain values.
 
-    `start` is from the command to the first step, `validation` that of each on the way.
+    `start` is from the command to the first step, `validation` that of each on the way. What was
+    `computed` knows neither.
     """
 
     config: RunConfig
@@ -36,6 +38,7 @@ class Plan:
     validation: float
     peak_bytes: int | None
     machine: str
+    computed: bool = False
 
     def seconds(self, num_steps: int) -> float:
         """Return how long a run of so many steps takes, from the command to its last update."""
@@ -86,6 +89,41 @@ def plan(config: RunConfig, say: Say) -> Plan:
     return Plan(training.config, found, start, validation, peak_bytes(device), machine)
 
 
+def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
+    """Return what a run would cost on a GPU that is not here, computed from its data sheet.
+
+    Nothing is trained. Errors: as for `build` and `computed_estimate`.
+    """
+    here = {
+        "training": config.training.model_copy(
+            update={
+                "compile": "off",
+                "micro_batch_size": config.data.batch_size,
+                "precision": "float32",
+            }
+        ),
+        "run": config.run.model_copy(update={"device": "cpu"}),
+    }
+    training = build(config.model_copy(update=here), Path(config.run.directory), say)
+    found = computed_estimate(training.trainer, training.loader.batch_at(0), gpu)
+    there = {
+        "training": config.training.model_copy(
+            update={
+                "compile": "on",
+                "micro_batch_size": training.trainer.config.micro_batch_size,
+                "precision": "bfloat16",
+            }
+        ),
+        "model": training.config.model,
+        "data": training.config.data,
+    }
+    memory = found.memory
+    assert memory is not None
+    peak = memory.weights + memory.gradients + memory.moments + memory.activations
+    machine = f"{gpu.title}, by its data sheet"
+    return Plan(config.model_copy(update=there), found, 0.0, 0.0, peak, machine, computed=True)
+
+
 def plan_within(config: RunConfig, seconds: float, say: Say) -> Plan:
     """Return the plan of a run of as many steps as the time has room for.
 
@@ -93,14 +131,14 @@ def plan_within(config: RunConfig, seconds: float, say: Say) -> Plan:
     Errors: RunError where not one step fits into it.
     """
     if config.training.compile != "auto":
-        return _filled(plan(config, say), seconds)
-    result = _filled(plan(_compiling(config, "off"), say), seconds)
+        return filled(plan(config, say), seconds)
+    result = filled(plan(_compiling(config, "off"), say), seconds)
     found, steps = result.estimate, result.config.training.num_steps
     flops = (found.flops_per_token or 0.0) * found.tokens_per_step * steps
     device = runtime.resolve_device(result.config.run.device)
     if not compiler.resolve_compile("auto", device, flops):
         return result
-    other = _filled(plan(_compiling(config, "on"), say), seconds)
+    other = filled(plan(_compiling(config, "on"), say), seconds)
     return other if other.config.training.num_steps > steps else result
 
 
@@ -109,8 +147,8 @@ def _compiling(config: RunConfig, setting: Literal["on", "off"]) -> RunConfig:
     return config.model_copy(update={"training": training})
 
 
-def _filled(plan: Plan, seconds: float) -> Plan:
-    """Return the plan with as many steps as fit into the time."""
+def filled(plan: Plan, seconds: float) -> Plan:
+    """Return the plan with as many steps as fit into the time. Errors: RunError if none does."""
     steps = plan.steps_within(seconds)
     if not steps:
         raise RunError(
@@ -165,19 +203,33 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
         size = config.training.micro_batch_size
         yield f"            a micro-batch of up to {most} fits; it has {size}"
     utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
+    if plan.computed:
+        yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
     yield (
         f"speed       {1e3 * found.step:,.1f} ms a step, {found.tokens_per_second:,.0f} tokens/s"
         f"{utilization} of {_short(found.peak_flops_per_second)}FLOP/s"
     )
     steps = config.training.num_steps
     seconds = plan.seconds(steps)
-    yield (
-        f"time        {format_duration(seconds)} for {count(steps, 'step')}: {plan.start:.1f} s to "
-        f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
-        f"{count((steps - 1) // config.run.evaluate_every, 'validation')} on the way"
-    )
+    if plan.computed:
+        yield (
+            f"time        {format_duration(seconds)} for {count(steps, 'step')} alone: without "
+            "start, compilation and validation"
+        )
+    else:
+        yield _time(plan, seconds)
     if price_per_hour is not None:
         yield f"cost        {seconds / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour"
+
+
+def _time(plan: Plan, seconds: float) -> str:
+    """Return the line that takes a run's time apart."""
+    steps, found = plan.config.training.num_steps, plan.estimate
+    return (
+        f"time        {format_duration(seconds)} for {count(steps, 'step')}: {plan.start:.1f} s to "
+        f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
+        f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way"
+    )
 
 
 def _short(value: float) -> str:
