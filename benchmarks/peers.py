@@ -20,31 +20,35 @@ from truestep.runtime import resolve_device
 Step = Callable[[], float]  # one update, returning its loss
 
 
-def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
-    """nanoGPT's own model and optimizer, stepped as its train.py does: float32 on a CPU.
-
-    Its train.py, too, takes 50304 ids where GPT-2 has 50257: that is faster.
-    """
-    vocab_size = 50304 if workload.vocab_size == 50257 else workload.vocab_size
+def nanogpt_model(workload: Workload, path: Path, vocab_size: int) -> Any:
+    """nanoGPT's own model, from a checkout, on the device."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", path / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
+    config = module.GPTConfig(
+        block_size=workload.context_length,
+        vocab_size=vocab_size,
+        n_layer=workload.num_layers,
+        n_head=workload.num_heads,
+        n_embd=workload.width,
+        dropout=0.0,
+        bias=False,
+    )
+    return module.GPT(config).to(resolve_device("auto"))
+
+
+def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
+    """nanoGPT's own model and optimizer, stepped as its train.py does: float32 on a CPU.
+
+    Its train.py, too, takes 50304 ids where GPT-2 has 50257: that is faster.
+    """
+    vocab_size = 50304 if workload.vocab_size == 50257 else workload.vocab_size
     torch.manual_seed(0)
+    raw = nanogpt_model(workload, path, vocab_size)
     device = resolve_device("auto")
-    raw = module.GPT(
-        module.GPTConfig(
-            block_size=workload.context_length,
-            vocab_size=vocab_size,
-            n_layer=workload.num_layers,
-            n_head=workload.num_heads,
-            n_embd=workload.width,
-            dropout=0.0,
-            bias=False,
-        )
-    ).to(device)
     optimizer = raw.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device.type)
     model: Any = torch.compile(raw) if compiled else raw
     precision = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

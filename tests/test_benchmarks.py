@@ -1,6 +1,7 @@
 """What the benchmarks claim about themselves."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from truestep import GPT, Batch
+from truestep.config import RunConfig
+from truestep.settings import validate
 from truestep.training.probe import probe
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+from recipe import BASE, CONFIGS, best, merged
 from workloads import WORKLOADS
 
 
@@ -23,3 +27,27 @@ def test_the_model_of_a_workload_computes_what_the_formula_says(name):
         tokens = torch.zeros(1, workload.context_length, dtype=torch.long)
     facts = probe(model, Batch(tokens, tokens))
     assert facts.flops_per_token * workload.tokens == pytest.approx(workload.flops, rel=0.01)
+
+
+def test_both_optimizers_have_as_many_tries_of_settings_that_exist():
+    assert {len(configs) for configs in CONFIGS.values()} == {16}
+    base = tomllib.loads(BASE.read_text())
+    for optimizer, configs in CONFIGS.items():
+        for settings in configs.values():
+            resolved = validate(RunConfig, {"": merged(base, settings)})
+            assert resolved.training.optimizer == optimizer
+
+
+def test_the_best_trials_are_those_of_least_bits_on_the_first_seed():
+    rows = [("a", 0, 1.5), ("b", 0, 1.3), ("b", 1, 9.0), ("c", 0, 1.4), ("d", 1, 1.0)]
+    results = [
+        {"optimizer": "muon", "name": name, "seed": seed, "bits_per_byte": bits}
+        for name, seed, bits in rows
+    ]
+    assert best(results, "muon", 2) == ["b", "c"]
+    assert best(results, "adamw", 2) == []
+
+
+@pytest.mark.parametrize("path", sorted(BASE.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_made_of_settings_that_exist(path):
+    validate(RunConfig, {str(path): tomllib.loads(path.read_text())})

@@ -1,0 +1,187 @@
+"""Search for a recipe: the same number of tries with Muon and with AdamW, one seed, then three.
+
+    python benchmarks/recipe.py --output docs/figures/recipe.json
+    python benchmarks/recipe.py --output docs/figures/recipe.json --best 3 --seeds 0 1 2
+
+A trial is `truestep train` with the settings of configs/quickstart.toml and those of its name, for
+as many steps as are said there; what counts is the bits per byte of the whole validation text. A
+trial that stands in the output is not made again, so a sweep that was cut off goes on.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from machine import argument_parser, facts
+
+BASE = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+STEPS = 450  # of 3072 tokens; the decay takes two fifths of them
+Settings = dict[str, Any]
+
+
+def _settings(steps: int = STEPS, decay: float = 0.4, **flat: Any) -> Settings:
+    """Return settings by section, from `section__name=value`."""
+    nested: Settings = {"training": {"num_steps": steps, "decay_steps": int(decay * steps)}}
+    for name, value in flat.items():
+        section, _, key = name.partition("__")
+        nested.setdefault(section, {})[key] = value
+    return nested
+
+
+def _muon(**flat: Any) -> Settings:
+    start: Settings = {
+        "model__num_layers": 2,
+        "training__learning_rate": 1e-2,
+        "training__embedding_learning_rate": 3e-2,
+        "training__muon_learning_rate": 0.02,
+    }
+    return _settings(**{**start, **flat})
+
+
+def _adamw(**flat: Any) -> Settings:
+    start: Settings = {
+        "model__num_layers": 2,
+        "training__optimizer": "adamw",
+        "training__learning_rate": 5e-3,
+        "training__embedding_learning_rate": 3e-2,
+    }
+    return _settings(**{**start, **flat})
+
+
+# Shapes that take another time for a step have as many steps as take the same time in all.
+CONFIGS: dict[str, dict[str, Settings]] = {
+    "muon": {
+        "start": _muon(),
+        "embeddings as the head": _muon(training__embedding_learning_rate="auto"),
+        "head and norms 3e-3": _muon(training__learning_rate=3e-3),
+        "head and norms 3e-2": _muon(training__learning_rate=3e-2),
+        "embeddings 1e-1": _muon(training__embedding_learning_rate=1e-1),
+        "matrices 0.01": _muon(training__muon_learning_rate=0.01),
+        "matrices 0.04": _muon(training__muon_learning_rate=0.04),
+        "half the batch, twice the steps": _muon(steps=900, data__batch_size=6),
+        "decay over three quarters, to 0": _muon(
+            decay=0.75, training__final_learning_rate_factor=0.0
+        ),
+        "no weight decay": _muon(training__weight_decay=0.0),
+        "2,048 byte pairs": _muon(steps=550, data__tokenizer="bpe-2048"),
+        "8,192 byte pairs": _muon(steps=320, data__tokenizer="bpe-8192"),
+        "4 layers": _muon(steps=300, model__num_layers=4),
+        "width 192": _muon(steps=300, model__width=192, model__num_heads=3),
+        "context 128": _muon(model__context_length=128, data__batch_size=24),
+        "tied embeddings": _muon(
+            model__tie_embeddings=True, training__embedding_learning_rate="auto"
+        ),
+    },
+    "adamw": {
+        "start": _adamw(),
+        "embeddings as the rest": _adamw(training__embedding_learning_rate="auto"),
+        "rate 2e-3": _adamw(training__learning_rate=2e-3),
+        "rate 1e-2": _adamw(training__learning_rate=1e-2),
+        "rate 2e-2": _adamw(training__learning_rate=2e-2),
+        "embeddings 1e-1": _adamw(training__embedding_learning_rate=1e-1),
+        "betas 0.9, 0.99": _adamw(training__betas=[0.9, 0.99]),
+        "betas 0.8, 0.95": _adamw(training__betas=[0.8, 0.95]),
+        "half the batch, twice the steps": _adamw(steps=900, data__batch_size=6),
+        "decay over three quarters, to 0": _adamw(
+            decay=0.75, training__final_learning_rate_factor=0.0
+        ),
+        "no weight decay": _adamw(training__weight_decay=0.0),
+        "2,048 byte pairs": _adamw(steps=550, data__tokenizer="bpe-2048"),
+        "4 layers": _adamw(steps=300, model__num_layers=4),
+        "width 192": _adamw(steps=300, model__width=192, model__num_heads=3),
+        "scaled projections": _adamw(model__residual_init="scaled"),
+        "tied embeddings": _adamw(
+            model__tie_embeddings=True, training__embedding_learning_rate="auto"
+        ),
+    },
+}
+
+
+def merged(base: Settings, change: Settings) -> Settings:
+    """Return settings by section with those of another on top."""
+    return {name: base.get(name, {}) | change.get(name, {}) for name in base.keys() | change.keys()}
+
+
+def trial(settings: Settings, runs: Path) -> dict[str, Any]:
+    """Train a run of its own and return what it reached, and how long it took."""
+    run: Settings = {
+        "directory": str(runs),
+        "evaluate_every": 10**6,
+        "save_every": 10**6,
+        "keep_best_checkpoints": 0,
+        "sample_tokens": 1,
+    }
+    with tempfile.TemporaryDirectory(dir=runs, prefix=".trial-") as place:
+        run["name"] = f"trial-{Path(place).name.removeprefix('.trial-')}"
+        config = Path(place, "config.toml")
+        config.write_text(tomli_w.dumps(merged(settings, {"run": run})), encoding="utf-8")
+        command = [sys.executable, "-W", "ignore", "-m", "truestep", "train", str(config)]
+        began = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        seconds = time.perf_counter() - began
+        text = (runs / run["name"] / "metrics.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
+    steps = sorted(r["step_seconds"] for r in records if "step_seconds" in r)
+    return {
+        "bits_per_byte": records[-1]["validation_bits_per_byte"],
+        "step_ms": round(1e3 * steps[len(steps) // 2], 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+def best(results: list[dict[str, Any]], optimizer: str, count: int) -> list[str]:
+    """Return the names of the trials with the least bits per byte on seed 0."""
+    of_optimizer = [r for r in results if (r["optimizer"], r["seed"]) == (optimizer, 0)]
+    return [r["name"] for r in sorted(of_optimizer, key=lambda r: r["bits_per_byte"])[:count]]
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = argument_parser(__doc__)
+    parser.add_argument("--data", default="stdlib", help="what to train on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--optimizers", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--best", type=int, help="only so many, those best on seed 0")
+    parser.add_argument("--names", nargs="+", help="only these")
+    options = parser.parse_args()
+    record: dict[str, Any] = {"trials": []}
+    if options.output is not None and options.output.exists():
+        record = json.loads(options.output.read_text(encoding="utf-8"))
+    results: list[dict[str, Any]] = record["trials"]
+    base = tomllib.loads(BASE.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as runs:
+        for optimizer in options.optimizers:
+            here = [r for r in results if r["data"] == options.data]
+            names = options.names or list(CONFIGS[optimizer])
+            if options.best:
+                names = best(here, optimizer, options.best)
+            for seed in options.seeds:
+                for name in names:
+                    settings = CONFIGS[optimizer].get(name)
+                    key = {"optimizer": optimizer, "name": name, "seed": seed, "data": options.data}
+                    done = any(key.items() <= r.items() for r in here)
+                    if settings is None or done:
+                        continue
+                    change = merged(
+                        settings, {"training": {"seed": seed}, "data": {"source": options.data}}
+                    )
+                    found = {**key, **trial(merged(base, change), Path(runs)), "settings": settings}
+                    results.append(found)
+                    print(
+                        f"{optimizer:6} {name:34} seed {seed} {found['bits_per_byte']:.4f} bits per"
+                        f" byte {found['step_ms']:8.1f} ms a step {found['seconds']:6.0f} s",
+                        flush=True,
+                    )
+                    if options.output is not None:
+                        text = json.dumps({**facts(), "trials": results}, indent=1)
+                        options.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

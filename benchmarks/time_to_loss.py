@@ -1,0 +1,239 @@
+"""Seconds to a validation loss on a text's characters: truestep's recipes, nanoGPT, litgpt.
+
+    python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH --peers litgpt \\
+        --targets 1.73 1.50 --seeds 0 1 2 --output docs/figures/time-to-loss.json
+
+All have W3's layers and 256 characters of context and train on the first nine tenths. The clock
+runs from before the model is built, with the compiler's cache empty, and stands while the loss of
+the last tenth is measured, all of it, in float32. Each trial is a process of its own. Every
+schedule is made for its target: nanoGPT's and litgpt's are the better of two lengths.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import argument_parser, existing, positive, write
+from peers import litgpt_model, nanogpt_model
+from workloads import WORKLOADS, Workload
+
+from truestep import GPT, Trainer, TrainingConfig, compute_loss
+from truestep.compiler import uncompiled
+from truestep.training.probe import logits_of
+
+_WINDOWS_AT_ONCE = 16
+# Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
+_NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
+Update = Callable[[int, torch.Tensor], None]
+
+
+class Clock:
+    """Seconds since it was made, less those in which it stood."""
+
+    def __init__(self) -> None:
+        self._start, self._stood = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start - self._stood
+
+    def stand(self, since: float) -> None:
+        self._stood += time.perf_counter() - since
+
+
+def characters(path: Path) -> tuple[torch.Tensor, int]:
+    """Return the text as numbers of its characters, and how many there are."""
+    text = path.read_text(encoding="utf-8")
+    numbers = {character: number for number, character in enumerate(sorted(set(text)))}
+    return torch.tensor([numbers[character] for character in text]), len(numbers)
+
+
+def validation_loss(model: torch.nn.Module, text: torch.Tensor, length: int) -> float:
+    """Return the mean loss of all whole windows of a text."""
+    windows = text[: (len(text) - 1) // length * length + 1]
+    tokens, targets = windows[:-1].view(-1, length), windows[1:].view(-1, length)
+    model.eval()
+    total = 0.0
+    with torch.no_grad(), uncompiled():
+        for start in range(0, len(tokens), _WINDOWS_AT_ONCE):
+            part = slice(start, start + _WINDOWS_AT_ONCE)
+            logits = logits_of(forward(model, tokens[part], targets[part]))
+            total += float(compute_loss(logits, targets[part], num_tokens=1))
+    model.train()
+    return total / targets.numel()
+
+
+def forward(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+    """Return all logits; nanoGPT gives them only to those who give targets, and with the loss."""
+    if type(model).__module__ == "nanogpt_model":
+        return model(tokens, targets)[0]
+    return model(tokens)
+
+
+def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) -> Any:
+    """The recipe of configs/quickstart.toml, on characters."""
+    torch.manual_seed(seed)
+    shape = workload.config().model_copy(update={"qk_norm": True, "residual_init": "zero"})
+    config = TrainingConfig(
+        optimizer="muon",
+        learning_rate=3e-3,
+        embedding_learning_rate=3e-2,
+        muon_learning_rate=0.02,
+        num_steps=steps,
+        schedule="wsd",
+        warmup_steps=min(20, steps // 10),
+        decay_steps=2 * steps // 5,
+        final_learning_rate_factor=0.05,
+        compile="on" if compile_ else "off",
+        seed=seed,
+    )
+    model = GPT(shape)
+    trainer = Trainer(model, config, sinks=[])
+    return model, lambda _, windows: trainer.training_step(windows)
+
+
+def nanogpt_trial(workload: Workload, path: Path, steps: int, seed: int) -> Any:
+    """nanoGPT's model and optimizer by its configuration for characters: float32 on a CPU."""
+    torch.manual_seed(seed)
+    model = nanogpt_model(workload, path, workload.vocab_size)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+
+    def update(step: int, windows: torch.Tensor) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, 1e-3, 1e-4, 100, steps)
+        _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, update
+
+
+def litgpt_trial(workload: Workload, steps: int, seed: int) -> Any:
+    """litgpt's model as its pretrain.py trains it, with nanoGPT's learning rate and warm-up.
+
+    Its own, 4e-4 after 2000 steps, are made for runs a thousand times as long.
+    """
+    import lightning
+    from litgpt.utils import chunked_cross_entropy
+
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    raw = litgpt_model(workload)
+    fabric.seed_everything(seed)
+    compiled: Any = torch.compile(raw)
+    model = fabric.setup(compiled)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = fabric.setup_optimizers(plain)
+
+    def update(step: int, windows: torch.Tensor) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, 1e-3, 1e-4, 100, steps)
+        loss = chunked_cross_entropy(model(windows[:, :-1]), windows[:, 1:].contiguous())
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return raw, update
+
+
+def cosine(step: int, peak: float, least: float, warmup: int, steps: int) -> float:
+    """nanoGPT's schedule."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / (steps - warmup))
+    return least + (1 + math.cos(math.pi * progress)) / 2 * (peak - least)
+
+
+def trial(options: argparse.Namespace) -> dict[str, Any]:
+    """Train one of them in this process until the target, its last step or the limit."""
+    text, vocab_size = characters(options.data)
+    cut = 9 * len(text) // 10
+    workload = Workload(4, 4, 128, vocab_size, 256, 12)
+    length, clock = workload.context_length, Clock()
+    if options.variant in _NANOGPT_STEPS:
+        model, update = nanogpt_trial(workload, options.nanogpt, options.steps, options.seed)
+    elif options.variant == "litgpt":
+        model, update = litgpt_trial(workload, options.steps, options.seed)
+    else:
+        compile_ = options.variant.endswith("compiled")
+        model, update = truestep_trial(workload, options.steps, compile_, options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    step, loss, seconds = 0, math.inf, 0.0
+    while loss > options.target and step < options.steps and seconds < options.limit:
+        starts = torch.randint(cut - length - 1, (workload.batch_size, 1), generator=generator)
+        update(step, text[starts + torch.arange(length + 1)])
+        step += 1
+        seconds = clock.seconds()
+        if step % options.every == 0 or step == options.steps:
+            began = time.perf_counter()
+            loss = validation_loss(model, text[cut:], length)
+            clock.stand(began)
+    return {"reached": loss <= options.target, "seconds": seconds, "steps": step, "loss": loss}
+
+
+def in_a_process(options: argparse.Namespace, variant: str, **values: Any) -> dict[str, Any]:
+    """Make a trial in a process of its own, with an empty compiler's cache."""
+    command = [sys.executable, "-W", "ignore", __file__, "--data", str(options.data)]
+    if options.nanogpt is not None:
+        command += ["--nanogpt", str(options.nanogpt)]
+    command += ["--variant", variant, "--limit", str(60 * options.minutes)]
+    for name, value in values.items():
+        command += [f"--{name}", str(value)]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        output = subprocess.check_output(command, env=environment, text=True)
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return {"variant": variant, **values, **found}
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--data", type=existing, required=True, help="a text file")
+    parser.add_argument("--nanogpt", type=existing, help="a checkout of nanoGPT")
+    parser.add_argument("--peers", nargs="*", choices=["litgpt"], default=[])
+    parser.add_argument("--targets", type=float, nargs="+", default=[1.73, 1.50])
+    parser.add_argument("--own-steps", type=positive, nargs="+", default=[220, 1000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=30, help="longest trial")
+    hidden = parser.add_argument_group("of a single trial, in its process")
+    hidden.add_argument("--variant")
+    hidden.add_argument("--steps", type=positive)
+    hidden.add_argument("--target", type=float)
+    hidden.add_argument("--seed", type=int)
+    hidden.add_argument("--every", type=positive, default=10)
+    hidden.add_argument("--limit", type=float)
+    options = parser.parse_args()
+    if options.variant is not None:
+        print(json.dumps(trial(options)))
+        return
+    results = []
+    for seed in options.seeds:
+        for target, own in zip(options.targets, options.own_steps, strict=True):
+            variants = {"truestep": own, "truestep compiled": own}
+            if options.nanogpt is not None:
+                variants |= _NANOGPT_STEPS
+            variants |= dict.fromkeys(options.peers, 2000)
+            for variant, steps in variants.items():
+                found = in_a_process(options, variant, steps=steps, target=target, seed=seed)
+                results.append(found)
+                sign = " " if found["reached"] else ">"
+                print(
+                    f"{variant:26} seed {seed} to {target}: {sign}{found['seconds']:6.1f} s, "
+                    f"{found['steps']} steps, {found['loss']:.4f}",
+                    flush=True,
+                )
+                write(options.output, {"trials": results, "workload": vars(WORKLOADS["W3"])})
+
+
+if __name__ == "__main__":
+    main()

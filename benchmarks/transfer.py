@@ -1,0 +1,60 @@
+"""Do learning rates found on a small model serve a larger one? Widths of 64, 128 and 256.
+
+    python benchmarks/transfer.py --data stdlib --output docs/figures/transfer.json
+
+Each width trains by the recipe of configs/quickstart.toml, on bytes, with all three of its learning
+rates multiplied alike. A trial that stands in the output is not made again.
+"""
+
+import json
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from machine import argument_parser, facts
+from recipe import BASE, merged, trial
+
+HEADS = {64: 1, 128: 2, 256: 4}
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+RATES = ("learning_rate", "embedding_learning_rate", "muon_learning_rate")
+
+
+def settings(base: dict[str, Any], width: int, factor: float, steps: int) -> dict[str, Any]:
+    """Return the recipe at a width with its learning rates multiplied."""
+    training = base["training"]
+    change = {
+        "training": {name: factor * training[name] for name in RATES}
+        | {"num_steps": steps, "decay_steps": 2 * steps // 5},
+        "model": {"width": width, "num_heads": HEADS[width]},
+        "data": {"tokenizer": "bytes"},
+    }
+    return merged(base, change)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--data", default="stdlib", help="what to train on")
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    if options.output is not None and options.output.exists():
+        results = json.loads(options.output.read_text(encoding="utf-8"))["trials"]
+    base = tomllib.loads(BASE.read_text(encoding="utf-8"))
+    base["data"]["source"] = options.data
+    with tempfile.TemporaryDirectory() as runs:
+        for width in HEADS:
+            for factor in FACTORS:
+                key = {"width": width, "factor": factor, "steps": options.steps}
+                if any(key.items() <= r.items() for r in results):
+                    continue
+                found = trial(settings(base, width, factor, options.steps), Path(runs))
+                results.append({**key, **found})
+                print(f"width {width} x{factor}: {found['bits_per_byte']:.4f}", flush=True)
+                if options.output is not None:
+                    record = {**facts(), "data": options.data, "trials": results}
+                    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Write docs/recipes.md from the figures in docs/figures: `make docs`."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+FIGURES = Path(__file__).parent / "figures"
+
+HEAD = """# Recipes
+
+The settings in [configs/](../configs), how they were found, and what they cost. They are recipes for a few minutes to a night; the library's own defaults are AdamW with 3e-4, 0.1 and (0.9, 0.95).
+"""
+
+SEARCH_TEXT = """## The search
+
+`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of {steps} steps of 3,072 tokens on the source of Python's standard library, one seed; what counts is the bits per byte of the whole validation text. "start" is 4 layers of width 128 with two heads over 4,096 byte pairs, a warm-up of 20 steps and a linear decay over the last two fifths; each other trial changes one thing, and where that changes the time of a step, it has as many steps as take the same time.
+"""
+
+TRANSFER_TEXT = """## Learning rates that carry over
+
+`python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with all three learning rates multiplied alike. Bits per byte:
+"""
+
+PLAN_TEXT = """## What a plan predicts, and what the run shows
+
+`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}): the median time of a step, and the peak memory of the process, as `truestep plan` says them before, and as the run has them.
+
+| | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
+|---|---|---|---|---|---|---|
+"""
+
+LOSS_TEXT = """## Time to a loss
+
+`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from before the model is built, compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context, 12 rows. nanoGPT's model, optimizer, schedule and step are its own. ">": not reached, a lower bound. Median of the seeds, least to most:
+
+| | to | seconds | steps | factor |
+|---|---|---|---|---|
+"""
+
+
+def search() -> str:
+    """Return the tables of the trials, the best of each optimizer first."""
+    record = load("recipe")
+    trials = [t for t in record["trials"] if t["data"] == "stdlib"]
+    steps = trials[0]["settings"]["training"]["num_steps"]
+    text = SEARCH_TEXT.format(steps=steps)
+    for optimizer in dict.fromkeys(t["optimizer"] for t in trials):
+        own = [t for t in trials if t["optimizer"] == optimizer]
+        start = next(t["bits_per_byte"] for t in own if t["name"] == "start" and t["seed"] == 0)
+        rows = ""
+        for trial in sorted((t for t in own if t["seed"] == 0), key=lambda t: t["bits_per_byte"]):
+            seeds = [t["bits_per_byte"] for t in own if t["name"] == trial["name"]]
+            others = ", ".join(f"{bits:.3f}" for bits in seeds[1:])
+            bits = trial["bits_per_byte"]
+            rows += f"| {trial['name']} | {bits:.3f} | {bits - start:+.3f} | {others} |\n"
+        title = {"muon": "Muon", "adamw": "AdamW"}[optimizer]
+        text += f"\n| {title} | bits per byte | to start | other seeds |\n|---|---|---|---|\n{rows}"
+    return f"\n{text}"
+
+
+def transfer() -> str:
+    """Return the table of losses by width and factor."""
+    trials = load("transfer")["trials"]
+    factors = sorted({t["factor"] for t in trials})
+    text = f"\n{TRANSFER_TEXT.format(steps=trials[0]['steps'])}\n"
+    text += f"| width | {' | '.join(f'x {factor:g}' for factor in factors)} |\n"
+    text += f"|---|{'---|' * len(factors)}\n"
+    for width in sorted({t["width"] for t in trials}):
+        bits = {t["factor"]: t["bits_per_byte"] for t in trials if t["width"] == width}
+        least = min(bits.values())
+        cells = (f"**{b:.3f}**" if b == least else f"{b:.3f}" for _, b in sorted(bits.items()))
+        text += f"| {width} | {' | '.join(cells)} |\n"
+    return text
+
+
+def plan() -> str:
+    """Return the table of what was predicted and seen."""
+    record = load("plan")
+    rows = ""
+    for config in record["configs"]:
+        predicted, seen = config["predicted"], config["seen"]
+        cells = []
+        for key, scale in (("seconds", 1e3), ("bytes", 2**-20)):
+            before, after = predicted[key] * scale, seen[key] * scale
+            cells += [f"{before:,.0f}", f"{after:,.0f}", f"{before / after:.2f}"]
+        rows += f"| {config['name']} | {' | '.join(cells)} |\n"
+    return f"\n{PLAN_TEXT.format(machine=record['machine'])}{rows}"
+
+
+def time_to_loss() -> str:
+    """Return the table of seconds to each target."""
+    record = load("time-to-loss")
+    trials, rows = record["trials"], ""
+    for target in dict.fromkeys(t["target"] for t in trials):
+        here = [t for t in trials if t["target"] == target]
+        base = [t["seconds"] for t in here if t["variant"] == "nanoGPT"]
+        for variant in dict.fromkeys(t["variant"] for t in here):
+            own = [t for t in here if t["variant"] == variant]
+            seconds = sorted(t["seconds"] for t in own)
+            sign = "" if all(t["reached"] for t in own) else "> "
+            middle = statistics.median(seconds)
+            factor = f"{statistics.median(base) / middle:.1f}" if base else ""
+            steps = statistics.median(t["steps"] for t in own)
+            rows += (
+                f"| {variant} | {target:g} | {sign}{middle:,.0f} ({seconds[0]:,.0f} to "
+                f"{seconds[-1]:,.0f}) | {steps:,.0f} | {factor} |\n"
+            )
+    return f"\n{LOSS_TEXT.format(machine=record['machine'])}{rows}"
+
+
+def load(name: str) -> Any:
+    """Return the figures of one benchmark."""
+    return json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def make_recipes() -> str:
+    """Return the page, with a section for each benchmark that was run."""
+    sections = {
+        "recipe": search,
+        "transfer": transfer,
+        "time-to-loss": time_to_loss,
+        "plan": plan,
+    }
+    found = (make() for name, make in sections.items() if (FIGURES / f"{name}.json").exists())
+    return HEAD + "".join(found)
+
+
+if __name__ == "__main__":
+    (FIGURES.parent / "recipes.md").write_text(make_recipes(), encoding="utf-8")
