@@ -17,7 +17,7 @@ from recipe import BASE, merged, trial
 
 HEADS = {64: 1, 128: 2, 256: 4}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-RATES = ("learning_rate", "embedding_learning_rate", "muon_learning_rate")
+RATES = ("learning_rate", "muon_learning_rate")
 
 
 def settings(base: dict[str, Any], width: int, factor: float, steps: int) -> dict[str, Any]:

@@ -68,6 +68,11 @@ def test_the_page_on_performance_is_made_from_the_figures():
     assert maker.readme_rows() in (ROOT / "README.md").read_text()
 
 
+def test_the_page_of_recipes_is_made_from_the_figures():
+    maker = load(ROOT / "docs" / "make_recipes.py")
+    assert (ROOT / "docs" / "recipes.md").read_text() == maker.make_recipes()
+
+
 def test_every_link_in_the_documents_leads_to_a_file():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
