@@ -39,7 +39,7 @@ def _muon(**flat: Any) -> Settings:
     start: Settings = {
         "model__num_layers": 2,
         "training__learning_rate": 1e-2,
-        "training__embedding_learning_rate": 3e-2,
+        "training__embedding_learning_rate_factor": 3,
         "training__muon_learning_rate": 0.02,
     }
     return _settings(**{**start, **flat})
@@ -50,7 +50,7 @@ def _adamw(**flat: Any) -> Settings:
         "model__num_layers": 2,
         "training__optimizer": "adamw",
         "training__learning_rate": 5e-3,
-        "training__embedding_learning_rate": 3e-2,
+        "training__embedding_learning_rate_factor": 6,
     }
     return _settings(**{**start, **flat})
 
@@ -59,10 +59,14 @@ def _adamw(**flat: Any) -> Settings:
 CONFIGS: dict[str, dict[str, Settings]] = {
     "muon": {
         "start": _muon(),
-        "embeddings as the head": _muon(training__embedding_learning_rate="auto"),
-        "head and norms 3e-3": _muon(training__learning_rate=3e-3),
-        "head and norms 3e-2": _muon(training__learning_rate=3e-2),
-        "embeddings 1e-1": _muon(training__embedding_learning_rate=1e-1),
+        "embeddings as the head": _muon(training__embedding_learning_rate_factor=1),
+        "head and norms 3e-3": _muon(
+            training__learning_rate=3e-3, training__embedding_learning_rate_factor=10
+        ),
+        "head and norms 3e-2": _muon(
+            training__learning_rate=3e-2, training__embedding_learning_rate_factor=1
+        ),
+        "embeddings 1e-1": _muon(training__embedding_learning_rate_factor=10),
         "matrices 0.01": _muon(training__muon_learning_rate=0.01),
         "matrices 0.04": _muon(training__muon_learning_rate=0.04),
         "half the batch, twice the steps": _muon(steps=900, data__batch_size=6),
@@ -76,16 +80,22 @@ CONFIGS: dict[str, dict[str, Settings]] = {
         "width 192": _muon(steps=300, model__width=192, model__num_heads=3),
         "context 128": _muon(model__context_length=128, data__batch_size=24),
         "tied embeddings": _muon(
-            model__tie_embeddings=True, training__embedding_learning_rate="auto"
+            model__tie_embeddings=True, training__embedding_learning_rate_factor=1
         ),
     },
     "adamw": {
         "start": _adamw(),
-        "embeddings as the rest": _adamw(training__embedding_learning_rate="auto"),
-        "rate 2e-3": _adamw(training__learning_rate=2e-3),
-        "rate 1e-2": _adamw(training__learning_rate=1e-2),
-        "rate 2e-2": _adamw(training__learning_rate=2e-2),
-        "embeddings 1e-1": _adamw(training__embedding_learning_rate=1e-1),
+        "embeddings as the rest": _adamw(training__embedding_learning_rate_factor=1),
+        "rate 2e-3": _adamw(
+            training__learning_rate=2e-3, training__embedding_learning_rate_factor=15
+        ),
+        "rate 1e-2": _adamw(
+            training__learning_rate=1e-2, training__embedding_learning_rate_factor=3
+        ),
+        "rate 2e-2": _adamw(
+            training__learning_rate=2e-2, training__embedding_learning_rate_factor=1.5
+        ),
+        "embeddings 1e-1": _adamw(training__embedding_learning_rate_factor=20),
         "betas 0.9, 0.99": _adamw(training__betas=[0.9, 0.99]),
         "betas 0.8, 0.95": _adamw(training__betas=[0.8, 0.95]),
         "half the batch, twice the steps": _adamw(steps=900, data__batch_size=6),
@@ -98,7 +108,7 @@ CONFIGS: dict[str, dict[str, Settings]] = {
         "width 192": _adamw(steps=300, model__width=192, model__num_heads=3),
         "scaled projections": _adamw(model__residual_init="scaled"),
         "tied embeddings": _adamw(
-            model__tie_embeddings=True, training__embedding_learning_rate="auto"
+            model__tie_embeddings=True, training__embedding_learning_rate_factor=1
         ),
     },
 }

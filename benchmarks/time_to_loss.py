@@ -85,7 +85,7 @@ def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) ->
     config = TrainingConfig(
         optimizer="muon",
         learning_rate=3e-3,
-        embedding_learning_rate=3e-2,  # pays in a few hundred steps: docs/recipes.md
+        embedding_learning_rate_factor=10,  # pays in a few hundred steps: docs/recipes.md
         muon_learning_rate=0.02,
         num_steps=steps,
         schedule="wsd",

@@ -409,7 +409,10 @@ def test_decay_groups_hold_matrices_and_vectors_apart(bigram):
 def test_embeddings_may_have_a_learning_rate_of_their_own(bigram, windows, optimizer):
     """The first AdamW update of a weight is its rate, whatever the gradient."""
     config = plain_config(
-        optimizer=optimizer, learning_rate=1e-3, embedding_learning_rate=0.5, weight_decay=0.0
+        optimizer=optimizer,
+        learning_rate=1e-3,
+        embedding_learning_rate_factor=500,
+        weight_decay=0.0,
     )
     model = bigram()
     trainer = Trainer(model, config, sinks=[])
@@ -427,7 +430,7 @@ def test_embeddings_may_have_a_learning_rate_of_their_own(bigram, windows, optim
 def test_an_embedding_that_is_the_head_too_has_no_rate_of_its_own(bigram, windows):
     model = bigram()
     model.head.weight = model.embedding.weight
-    config = plain_config(embedding_learning_rate=0.5)
+    config = plain_config(embedding_learning_rate_factor=10)
     with pytest.raises(ValueError, match="Bigram has no embedding apart from its head; leave it"):
         Trainer(model, config, sinks=[])
     model.positions = torch.nn.Embedding(8, 8)

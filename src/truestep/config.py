@@ -34,8 +34,8 @@ class TrainingConfig(Config):
     learning_rate: float = trajectory(3e-4, gt=0)
     """Peak learning rate of AdamW."""
 
-    embedding_learning_rate: PositiveFloat | Literal["auto"] = trajectory("auto")
-    """Peak learning rate of embeddings that are not the output layer, too; auto: learning_rate."""
+    embedding_learning_rate_factor: float = trajectory(1.0, gt=0)
+    """Learning rate of embeddings that are not the output layer, too, over learning_rate."""
 
     weight_decay: float = trajectory(0.1, ge=0)
     """Decoupled weight decay of matrices; norms, biases and other vectors get none."""

@@ -27,7 +27,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         eps=config.eps,
     )
     if embeddings:
-        rest.add_param_group({"params": embeddings, "lr": config.embedding_learning_rate})
+        rate = config.embedding_learning_rate_factor * config.learning_rate
+        rest.add_param_group({"params": embeddings, "lr": rate})
     if not matrices:
         return rest
     narrow = multiplies_bfloat16(matrices[0].device)
@@ -43,13 +44,14 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 def _faster_embeddings(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
     """Return the embeddings that have a learning rate of their own."""
-    if config.embedding_learning_rate == "auto":
+    factor = config.embedding_learning_rate_factor
+    if factor == 1.0:
         return []
     if embeddings := embedding_matrices(model):
         return embeddings
     raise ValueError(
-        f"embedding_learning_rate={config.embedding_learning_rate}, but {type(model).__name__} has "
-        "no embedding apart from its head; leave it at auto"
+        f"embedding_learning_rate_factor={factor}, but {type(model).__name__} has no embedding "
+        "apart from its head; leave it at 1"
     )
 
 
