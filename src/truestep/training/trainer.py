@@ -113,12 +113,11 @@ class Trainer:
         self._clock = time.perf_counter()
         return self._report(self._launch(batch))[0]
 
-    def _step(self, batch: Batch) -> _Launched:
+    def _step(self, batch: Batch, buffers: list[Tensor]) -> _Launched:
         """Forward, loss, backward and update: the whole of training is here."""
         on_device = batch.to(self.device)
         num_tokens = on_device.num_targets  # of the whole global batch
         loss = torch.zeros((), device=self.device)
-        buffers = self._buffers.copy()
         clear_gradients(self.model, self.optimizer)
         with self._step_state():
             for micro_batch in on_device.split(self.micro_batch_size(batch)):
@@ -131,7 +130,7 @@ class Trainer:
             skipped, halted = self._guard.judge(finite, num_tokens)
             learning_rate = set_learning_rates(self.optimizer, self.schedule, self.step)
             update(self.optimizer, skipped)
-        self._buffers.restore(buffers, skipped)
+        self._buffers.restore(buffers, skipped)  # as they were before the forward
         clear_gradients(self.model, self.optimizer)
         self.step += 1
         self._steps_taken += 1
@@ -148,10 +147,10 @@ class Trainer:
         """
         batch = self._checked(Batch.of(batch))
         self.in_step = True
+        buffers = self._buffers.copy()
         while True:
-            buffers = self._buffers.copy()
             try:
-                launched = self._step(batch)
+                launched = self._step(batch, buffers)
             except BaseException as error:
                 if self.mid_update:
                     raise
