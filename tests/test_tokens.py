@@ -342,6 +342,9 @@ def test_a_character_stands_at_the_byte_that_completes_it(text, data):
 @example([0xE2, 0xE2, 0x82, 0xAC])
 @example([0xF0, 0x80, 0xFF, 0, 0xF0, 0x9F])
 @example([*"\ufffd".encode(), 0xE2, 0, 0x82])
+@example([0xED, 0xA0])  # half a surrogate: U+FFFD for each byte
+@example([0xED, 0xA0, ord("A")])
+@example([0xED, 0xA0, 0x80, 0xED, 0xA0, 0xE2])
 def test_pieces_of_any_bytes_are_the_decoded_text(ids):
     tokenizer = ByteTokenizer()
     pieces = tokenizer.pieces(ids)

@@ -26,16 +26,26 @@ def pieces_of(parts: Iterable[bytes]) -> list[str]:
     """Return the text that each token adds, of the bytes it stands for."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pieces: list[str] = []
-    last = 0  # the token of the last byte: what it began may turn out to be broken
+    held: list[int] = []  # the token of each byte of a character that is begun
     for token, part in enumerate(parts):
         pieces.append("")
         for byte in part:
             text = decoder.decode(bytes([byte]))
-            if text and (len(text) > 1 or decoder.getstate()[0]):
-                pieces[last] += text[0]  # what was begun is broken: U+FFFD
-                text = text[1:]
-            last = token
-            pieces[last] += text
-    if rest := decoder.decode(b"", final=True):
-        pieces[last] += rest
+            if not text:
+                held.append(token)
+                continue
+            begun = [token] if decoder.getstate()[0] else []
+            # This byte's own character comes last, unless it begins another; what comes before is
+            # U+FFFD for what was begun: one, but for each byte of half a surrogate.
+            broken, own = (text, "") if begun else (text[:-1], text[-1])
+            _add(pieces, held, broken)
+            pieces[token] += own
+            held = begun
+    _add(pieces, held, decoder.decode(b"", final=True))
     return pieces
+
+
+def _add(pieces: list[str], tokens: list[int], characters: str) -> None:
+    """Add the characters to the last of the tokens, one each."""
+    for token, character in zip(tokens[len(tokens) - len(characters) :], characters, strict=True):
+        pieces[token] += character
