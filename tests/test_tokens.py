@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -145,6 +147,21 @@ def test_many_shards_are_read_from_many_threads_with_few_descriptors(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= 80
     del split
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_program_that_ends_with_open_data_says_nothing(tmp_path):
+    """A module held from outside Python is emptied name by name, `os` among the first."""
+    directory = write(tmp_path / "tokens", [[1, 2, 3]], tokenizer=ByteTokenizer())
+    program = (
+        "import ctypes; from pathlib import Path; from truestep.data import tokens; "
+        f"tokens.kept = tokens.open_prepared(Path({str(directory)!r})); "
+        "tokens.kept.train.read(0, 2); "
+        "ctypes.pythonapi.Py_IncRef(ctypes.py_object(tokens))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ended.stderr == ""
 
 
 def test_positions_outside_the_split_are_refused(tmp_path):

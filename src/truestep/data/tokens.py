@@ -7,6 +7,7 @@ read can be named.
 
 import json
 import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,10 +74,8 @@ class _Descriptor:
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if (number := self.__dict__.get("number")) is not None:  # opening may have failed
-            os.close(number)
+        # Unlike __del__, also at the end of a program, when its modules are emptied.
+        weakref.finalize(self, os.close, self.number)
 
 
 class TokenSplit:
