@@ -228,6 +228,51 @@ MUTANTS = [
         'threads: Annotated[int, Field(gt=0, le=1024)] | Literal["auto"] = cosmetic("auto")',
         ("test_replay.py::test_the_number_of_threads_is_kept_and_applied_again",),
     ),
+    Mutant(
+        "memory ended: the step is made again over buffers that the failed one had updated",
+        "training/trainer.py",
+        "                self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, "
+        "device=self.device))\n                clear_gradients",
+        "                clear_gradients",
+        ("test_accelerator_memory.py",),
+    ),
+    Mutant(
+        "memory ended: a step that had begun its update is made again",
+        "training/trainer.py",
+        "                if self.mid_update:\n                    raise\n",
+        "",
+        ("test_accelerator_memory.py",),
+    ),
+    Mutant(
+        "memory ended: smaller micro-batches are not written down",
+        "training/trainer.py",
+        "                self.when_resized()\n",
+        "",
+        ("test_accelerator_memory.py",),
+    ),
+    Mutant(
+        "memory ended: smaller micro-batches are written down without a checkpoint before them",
+        "workflows/session.py",
+        "            self.save()\n            self._writer.wait()\n        config",
+        "            pass\n        config",
+        ("test_accelerator_memory.py",),
+    ),
+    Mutant(
+        "a factor for embeddings that changes the head's rate",
+        "training/compose.py",
+        "    chosen = {id(parameter) for parameter in (*matrices, *embeddings)}\n",
+        "    chosen = {id(parameter) for parameter in (*matrices, *embeddings)}\n"
+        "    config = config.model_copy(update={'learning_rate': config.learning_rate "
+        "* config.embedding_learning_rate_factor})\n",
+        ("test_step.py",),
+    ),
+    Mutant(
+        "a plan for a GPU at its full rate",
+        "training/estimate.py",
+        "ASSUMED_UTILIZATION * ",
+        "",
+        ("test_plan.py",),
+    ),
 ]
 
 

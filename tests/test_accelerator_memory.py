@@ -107,6 +107,21 @@ def test_one_row_that_does_not_fit_is_an_error_that_changes_nothing(bigram, wind
     assert trainer.step == 0
 
 
+def test_an_update_that_ran_out_of_memory_halfway_is_not_made_again(bigram, windows, monkeypatch):
+    """Half the parameters have moved: no second step can mend that, the last checkpoint does."""
+    trainer = trainer_of(bigram)
+
+    def half_an_update():
+        next(trainer.model.parameters()).data.add_(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.optimizer, "step", half_an_update)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.training_step(windows())
+    assert trainer.mid_update
+    assert trainer.step == 0
+
+
 def test_a_forward_that_fails_leaves_a_trainer_as_it_was(bigram, windows):
     trainer, other = trainer_of(bigram), trainer_of(bigram)
     handle = trainer.model.model.head.register_forward_hook(lambda *_: 1 / 0)
