@@ -2,7 +2,7 @@
 
     python benchmarks/transfer.py --data stdlib --output docs/figures/transfer.json
 
-Each width trains by the recipe of configs/quickstart.toml, on bytes, with all three of its learning
+Each width trains by the recipe of configs/quickstart.toml, on bytes, with both of its learning
 rates multiplied alike. A trial that stands in the output is not made again.
 """
 
@@ -45,14 +45,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
         for width in HEADS:
             for factor in FACTORS:
-                key = {"width": width, "factor": factor, "steps": options.steps}
+                run = {"data": options.data, "steps": options.steps}
+                key = {**run, "width": width, "factor": factor}
                 if any(key.items() <= r.items() for r in results):
                     continue
                 found = trial(settings(base, width, factor, options.steps), Path(runs))
                 results.append({**key, **found})
                 print(f"width {width} x{factor}: {found['bits_per_byte']:.4f}", flush=True)
                 if options.output is not None:
-                    record = {**facts(), "data": options.data, "trials": results}
+                    record = {**facts(), "trials": results}
                     options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

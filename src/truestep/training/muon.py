@@ -94,7 +94,7 @@ def orthogonal(matrix: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for hidden matrices and AdamW for the rest, as one optimizer with one state.
 
-    `defaults` and the first two groups are AdamW's; the last group is Muon's.
+    `defaults` and every group but the last are AdamW's; the last is Muon's.
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
 
