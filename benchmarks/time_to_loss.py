@@ -79,7 +79,7 @@ def forward(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor)
 
 
 def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) -> Any:
-    """The recipe of configs/quickstart.toml; characters are served better by untied embeddings."""
+    """configs/quickstart.toml on characters, with the rates and the untied head that serve them."""
     torch.manual_seed(seed)
     shape = workload.config().model_copy(update={"qk_norm": True, "residual_init": "zero"})
     config = TrainingConfig(
