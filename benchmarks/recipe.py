@@ -5,21 +5,24 @@
 
 A trial is `truestep train` with the settings of configs/quickstart.toml and those of its name, for
 as many steps as are said there; what counts is the bits per byte of the whole validation text. A
-trial that stands in the output is not made again, so a sweep that was cut off goes on.
+trial that stands in the output with the same settings is not made again, so a sweep that was cut
+off goes on.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from machine import argument_parser, facts
+from machine import argument_parser, facts, positive, write
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 STEPS = 900  # of 3072 tokens, as quickstart.toml has it: what shorter trials prefer loses there
@@ -43,14 +46,11 @@ _SHARED: dict[str, Settings] = {
     "decay over three quarters, to 0": _settings(
         decay=0.75, training__final_learning_rate_factor=0.0
     ),
+    "decay over a fifth": _settings(decay=0.2),
+    "context 128": _settings(940, model__context_length=128, data__batch_size=24),
     "context 512": _settings(880, model__context_length=512, data__batch_size=6),
     "6 layers": _settings(680, model__num_layers=6),
     "3 layers": _settings(1070, model__num_layers=3),
-    "4 heads": _settings(850, model__num_heads=4),
-    "2,048 byte pairs": _settings(1075, data__tokenizer="bpe-2048"),
-    "width 192": _settings(500, model__width=192, model__num_heads=3),
-    "weight decay 0.3": _settings(training__weight_decay=0.3),
-    "rotary base 1,000": _settings(model__rope_theta=1000.0),
     "embeddings apart from the head": _settings(model__tie_embeddings=False),
 }
 _ADAMW = {"optimizer": "adamw", "learning_rate": 5e-3}
@@ -97,8 +97,9 @@ def trial(settings: Settings, runs: Path) -> dict[str, Any]:
         config = Path(place, "config.toml")
         config.write_text(tomli_w.dumps(merged(settings, {"run": run})), encoding="utf-8")
         command = [sys.executable, "-W", "ignore", "-m", "truestep", "train", str(config)]
+        own = {name: value for name, value in os.environ.items() if "TRUESTEP" not in name}
         began = time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=own)
         seconds = time.perf_counter() - began
         text = (runs / run["name"] / "metrics.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
@@ -116,48 +117,48 @@ def best(results: list[dict[str, Any]], optimizer: str, count: int) -> list[str]
     return [r["name"] for r in sorted(of_optimizer, key=lambda r: r["bits_per_byte"])[:count]]
 
 
+def wanted(options: argparse.Namespace, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the trials that were asked for and are not among the results."""
+    base = tomllib.loads(BASE.read_text(encoding="utf-8"))
+    base["run"] = {"threads": options.threads} if options.threads else {}
+    for optimizer in options.optimizers:
+        names = options.names or list(CONFIGS[optimizer])
+        if options.best:
+            here = [r for r in results if r["data"] == options.data]
+            names = best(here, optimizer, options.best)
+        for seed in options.seeds:
+            for name in (name for name in names if name in CONFIGS[optimizer]):
+                own: Settings = {"training": {"seed": seed}, "data": {"source": options.data}}
+                key = {"optimizer": optimizer, "name": name, "seed": seed, "data": options.data}
+                key["settings"] = merged(merged(base, CONFIGS[optimizer][name]), own)
+                if not any(key.items() <= result.items() for result in results):
+                    yield key
+
+
 def main() -> None:
     parser: argparse.ArgumentParser = argument_parser(__doc__)
     parser.add_argument("--data", default="stdlib", help="what to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--optimizers", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--best", type=int, help="only so many, those best on seed 0")
-    parser.add_argument("--names", nargs="+", help="only these")
-    parser.add_argument("--threads", type=int, help="of a trial; two of one each go faster")
+    parser.add_argument("--best", type=positive, help="only so many, those best on seed 0")
+    every = sorted({name for configs in CONFIGS.values() for name in configs})
+    parser.add_argument("--names", nargs="+", choices=every, help="only these", metavar="NAME")
+    parser.add_argument("--threads", type=positive, help="of a trial; two of one each go faster")
     options = parser.parse_args()
-    record: dict[str, Any] = {"trials": []}
+    results: list[dict[str, Any]] = []
     if options.output is not None and options.output.exists():
-        record = json.loads(options.output.read_text(encoding="utf-8"))
-    results: list[dict[str, Any]] = record["trials"]
-    base = tomllib.loads(BASE.read_text(encoding="utf-8"))
-    if options.threads is not None:
-        base["run"]["threads"] = options.threads
+        results = json.loads(options.output.read_text(encoding="utf-8"))["trials"]
     with tempfile.TemporaryDirectory() as runs:
-        for optimizer in options.optimizers:
-            here = [r for r in results if r["data"] == options.data]
-            names = options.names or list(CONFIGS[optimizer])
-            if options.best:
-                names = best(here, optimizer, options.best)
-            for seed in options.seeds:
-                for name in names:
-                    settings = CONFIGS[optimizer].get(name)
-                    key = {"optimizer": optimizer, "name": name, "seed": seed, "data": options.data}
-                    done = any(key.items() <= r.items() for r in here)
-                    if settings is None or done:
-                        continue
-                    change = merged(
-                        settings, {"training": {"seed": seed}, "data": {"source": options.data}}
-                    )
-                    found = {**key, **trial(merged(base, change), Path(runs)), "settings": settings}
-                    results.append(found)
-                    print(
-                        f"{optimizer:6} {name:34} seed {seed} {found['bits_per_byte']:.4f} bits per"
-                        f" byte {found['step_ms']:8.1f} ms a step {found['seconds']:6.0f} s",
-                        flush=True,
-                    )
-                    if options.output is not None:
-                        text = json.dumps({**facts(), "trials": results}, indent=1)
-                        options.output.write_text(text + "\n", encoding="utf-8")
+        for key in wanted(options, results):
+            found = trial(key["settings"], Path(runs))
+            results.append({**key, **found, "commit": facts()["commit"]})
+            print(
+                f"{key['optimizer']:6} {key['name']:34} seed {key['seed']} "
+                f"{found['bits_per_byte']:.4f} bits per byte {found['step_ms']:8.1f} ms a step "
+                f"{found['seconds']:6.0f} s",
+                flush=True,
+            )
+            write(options.output, {"trials": results})
 
 
 if __name__ == "__main__":
