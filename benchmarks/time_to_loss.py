@@ -6,7 +6,8 @@
 All have W3's layers and 256 characters of context and train on the first nine tenths. The clock
 runs from before the model is built, with the compiler's cache empty, and stands while the loss of
 the last tenth is measured, all of it, in float32. Each trial is a process of its own. Every
-schedule is made for its target: nanoGPT's and litgpt's are the better of two lengths.
+schedule is made for its target: nanoGPT's and litgpt's are the better of two lengths. A trial that
+stands in the output is not made again.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from truestep.training.probe import logits_of
 _WINDOWS_AT_ONCE = 16
 # Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
 _NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
+_QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 Update = Callable[[int, torch.Tensor], None]
 
 
@@ -82,19 +84,16 @@ def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) ->
     """configs/quickstart.toml on characters, with the rates and the untied head that serve them."""
     torch.manual_seed(seed)
     shape = workload.config().model_copy(update={"qk_norm": True, "residual_init": "zero"})
-    config = TrainingConfig(
-        optimizer="muon",
-        learning_rate=3e-3,
-        embedding_learning_rate_factor=10,  # pays in a few hundred steps: docs/recipes.md
-        muon_learning_rate=0.02,
-        num_steps=steps,
-        schedule="wsd",
-        warmup_steps=min(20, steps // 10),
-        decay_steps=2 * steps // 5,
-        final_learning_rate_factor=0.05,
-        compile="on" if compile_ else "off",
-        seed=seed,
-    )
+    changes = {
+        "learning_rate": 3e-3,
+        "embedding_learning_rate_factor": 10,  # pays in a few hundred steps: docs/recipes.md
+        "num_steps": steps,
+        "warmup_steps": min(20, steps // 10),
+        "decay_steps": 2 * steps // 5,
+        "compile": "on" if compile_ else "off",
+        "seed": seed,
+    }
+    config = TrainingConfig.load(_QUICKSTART).model_copy(update=changes)
     model = GPT(shape)
     trainer = Trainer(model, config, sinks=[])
     return model, lambda _, windows: trainer.training_step(windows)
@@ -178,7 +177,7 @@ def trial(options: argparse.Namespace) -> dict[str, Any]:
             began = time.perf_counter()
             loss = validation_loss(model, text[cut:], length)
             clock.stand(began)
-    return {"reached": loss <= options.target, "seconds": seconds, "steps": step, "loss": loss}
+    return {"reached": loss <= options.target, "seconds": seconds, "steps_made": step, "loss": loss}
 
 
 def in_a_process(options: argparse.Namespace, variant: str, **values: Any) -> dict[str, Any]:
@@ -216,7 +215,9 @@ def main() -> None:
     if options.variant is not None:
         print(json.dumps(trial(options)))
         return
-    results = []
+    results: list[dict[str, Any]] = []
+    if options.output is not None and options.output.exists():
+        results = json.loads(options.output.read_text(encoding="utf-8"))["trials"]
     for seed in options.seeds:
         for target, own in zip(options.targets, options.own_steps, strict=True):
             variants = {"truestep": own, "truestep compiled": own}
@@ -224,12 +225,15 @@ def main() -> None:
                 variants |= _NANOGPT_STEPS
             variants |= dict.fromkeys(options.peers, 2000)
             for variant, steps in variants.items():
+                key = {"variant": variant, "steps": steps, "target": target, "seed": seed}
+                if any(key.items() <= result.items() for result in results):
+                    continue
                 found = in_a_process(options, variant, steps=steps, target=target, seed=seed)
                 results.append(found)
                 sign = " " if found["reached"] else ">"
                 print(
                     f"{variant:26} seed {seed} to {target}: {sign}{found['seconds']:6.1f} s, "
-                    f"{found['steps']} steps, {found['loss']:.4f}",
+                    f"{found['steps_made']} steps, {found['loss']:.4f}",
                     flush=True,
                 )
                 write(options.output, {"trials": results, "workload": vars(WORKLOADS["W3"])})

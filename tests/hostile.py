@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -68,6 +69,8 @@ def make_place(place):
     with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()):
         assert main(["train", "tiny.toml"]) == 0
         assert main(["prepare", "text.txt", "--out", "prepared"]) == 0
+        pairs = ["--out", "pairs", "--tokenizer", "bpe-280"]
+        assert main(["prepare", "text.txt", *pairs]) == 0
 
 
 def attempt(case, place):
@@ -461,6 +464,66 @@ def _prepared_cases():
     return cases
 
 
+def _tokenizer_cases():
+    """A tokenizer that was learnt: damaged, or vouched for by a manifest with a right seal."""
+    train = ["train", "tiny.toml", "--data", "pairs", "--run.name", "evil"]
+    path = "pairs/tokenizer.json"
+
+    def vouched(content):
+        def spoil(place):
+            _write(path, content)(place)
+            fingerprint = hashlib.sha256((place / path).read_bytes()).hexdigest()
+            tokenizer = {"name": "bpe-280", "fingerprint": fingerprint}
+            reseal(place / "pairs", tokenizer=tokenizer)
+
+        return spoil
+
+    def changed(function):
+        def spoil(place):
+            content = json.loads((place / path).read_text())
+            function(content)
+            vouched(json.dumps(content))(place)
+
+        return spoil
+
+    def gap(content):
+        vocabulary = content["model"]["vocab"]
+        vocabulary[max(vocabulary, key=vocabulary.get)] = 10**6
+
+    spoils = {f"tokenizer: {name}": bad(path) for name, bad in BAD_FILES.items()}
+    spoils |= {
+        f"vouched tokenizer: {name}": vouched(content)
+        for name, content in {
+            "a pickle": pickle.dumps(Pickle(CANARY)),
+            "bytes that are no text": b"\xff\xfe\x00" * 100,
+            "control characters": CONTROLS,
+            "a deep list": DEEP,
+            "a deep table": '{"a":' * 100_000,
+            "a list": "[1, 2]",
+            "a huge integer": '{"model": ' + "9" * 5000 + "}",
+            "no model": "{}",
+        }.items()
+    }
+    spoils |= {
+        f"vouched tokenizer: {name}": changed(function)
+        for name, function in {
+            "ids with a gap": gap,
+            "a normalizer": lambda c: c.update(normalizer={"type": "Lowercase"}),
+            "a normalizer of control characters": lambda c: c.update(normalizer=CONTROLS),
+            "a field of control characters": lambda c: c.update({CONTROLS: 1}),
+            "a prefix that makes the library panic": lambda c: c["model"].update(
+                continuing_subword_prefix="\u00e9"
+            ),
+            "a token of control characters": lambda c: c["model"]["vocab"].update({CONTROLS: 280}),
+            "half of a surrogate pair": lambda c: c["model"]["merges"].append(["\ud800", "a"]),
+            "a merge of control characters": lambda c: c["model"]["merges"].append([CONTROLS, "a"]),
+        }.items()
+    }
+    spoils["tokenizer: missing"] = lambda place: (place / path).unlink()
+    spoils["tokenizer: a terabyte of nothing"] = lambda place: os.truncate(place / path, 2**40)
+    return {f"train, {name}": Case(train, spoil) for name, spoil in spoils.items()}
+
+
 def judge_all(made, scratch):
     """Run every case in a copy of what `make_place` made; return name -> what went wrong."""
     found = {}
@@ -473,4 +536,4 @@ def judge_all(made, scratch):
     return found
 
 
-CASES = _config_cases() | _run_cases() | _link_cases() | _prepared_cases()
+CASES = _config_cases() | _run_cases() | _link_cases() | _prepared_cases() | _tokenizer_cases()

@@ -60,10 +60,9 @@ MUTANTS = [
     ),
     Mutant(
         "randomness not part of what is saved: dropout differs after a resume",
-        "training/trainer.py",
-        "with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):\n"
-        "                    loss",
-        "with contextlib.nullcontext():\n                    loss",
+        "training/forward.py",
+        "runtime.seeded(self._device, self._config.seed, step, part.index),",
+        "runtime.random_state_kept(self._device),",
         ("test_resume.py",),
     ),
     Mutant(
@@ -231,8 +230,7 @@ MUTANTS = [
     Mutant(
         "memory ended: the step is made again over buffers that the failed one had updated",
         "training/trainer.py",
-        "                self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, "
-        "device=self.device))\n                clear_gradients",
+        "                self._buffers.restore(buffers)\n                clear_gradients",
         "                clear_gradients",
         ("test_accelerator_memory.py",),
     ),
@@ -246,7 +244,14 @@ MUTANTS = [
     Mutant(
         "memory ended: smaller micro-batches are not written down",
         "training/trainer.py",
-        "                self.when_resized()\n",
+        "        self.when_resized()\n",
+        "",
+        ("test_accelerator_memory.py",),
+    ),
+    Mutant(
+        "memory ended: a step in flight is not finished before the next is made again",
+        "training/trainer.py",
+        "                self._land(0)\n",
         "",
         ("test_accelerator_memory.py",),
     ),

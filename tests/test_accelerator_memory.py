@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import log_of, train, weights_of, workplace  # noqa: F401 the fixture is used
+from test_fit import Records
 
-from truestep import Trainer, TrainingConfig
+from truestep import NonFiniteError, Trainer, TrainingConfig
 from truestep.cli import main
 from truestep.config import RunConfig
 from truestep.settings import read_settings_file, validate
@@ -22,7 +23,7 @@ class Full(torch.autograd.Function):
 
     @staticmethod
     def forward(_, x):
-        return x
+        return x * Full.factor
 
     @staticmethod
     def backward(_, gradient):
@@ -48,7 +49,7 @@ class Watched(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def room():
-    Full.room = 100
+    Full.room, Full.factor = 100, 1.0
 
 
 def trainer_of(bigram, **settings):
@@ -173,3 +174,51 @@ def test_a_run_writes_the_smaller_size_down_and_resumes_and_replays_by_it(full_i
         assert main(["train", "--resume", str(run)]) == 0
         assert log_of(run) == log
         assert weights_of(run, 12) == weights
+
+
+class Numbered:
+    """Batches that fill the accelerator in one step, after one whose numbers may not be finite."""
+
+    def __init__(self, windows, spoilt):
+        self._windows, self._spoilt = windows, spoilt
+
+    def batch_at(self, step):
+        Full.room = 6 if step == STEP - 1 else 100
+        Full.factor = float("nan") if step == STEP - 2 and self._spoilt else 1.0
+        return self._windows(12, seed=step)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "allowed"), [(False, 0), (True, 1), (True, 0)], ids=["clean", "skipped", "halted"]
+)
+@pytest.mark.filterwarnings("ignore:the memory of cpu ended")
+def test_a_step_in_flight_is_finished_before_the_next_is_made_again(
+    bigram, windows, spoilt, allowed
+):
+    """What is saved then must not know more than the log, nor count a step that did not."""
+    trainer, other = (trainer_of(bigram, max_skipped_steps=allowed) for _ in range(2))
+    trainer.runs_ahead = True  # as on an accelerator
+    sink, told = Records(), []
+    trainer.sinks = [sink]
+
+    def look():
+        told.append((trainer.step, [record["step"] for record in sink.records]))
+        assert trainer.skipped_in_a_row == spoilt
+
+    trainer.when_resized = look
+    data = Numbered(windows, spoilt)
+    if spoilt and not allowed:
+        with pytest.raises(NonFiniteError, match=f"step {STEP - 1}"):
+            trainer.fit(data, num_steps=STEP + 2)
+        assert not told
+        assert trainer.step == len(sink.records) - 1 == STEP - 2
+    else:
+        trainer.fit(data, num_steps=STEP + 2)
+        assert told == [(STEP - 1, list(range(1, STEP)))]
+        assert [record["step"] for record in sink.records] == list(range(1, STEP + 3))
+    for step in range(trainer.step):
+        batch = data.batch_at(step)
+        if step == STEP - 1:
+            other.config = other.config.model_copy(update={"micro_batch_size": 6})
+        other.training_step(batch)
+    assert_same_bits(state_of(trainer), state_of(other))

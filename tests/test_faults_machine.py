@@ -202,16 +202,19 @@ def test_a_place_of_somebody_else_is_refused():
     ]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+# A sum of bfloat16 into float32 makes a copy inside, which fake tensors do not: not here.
+@pytest.mark.parametrize(("precision", "size"), [("float32", 6), ("bfloat16", 6), ("float32", 2)])
 @pytest.mark.parametrize("shape", [{"vocab_size": 300}, {"vocab_size": 20000, "dropout": 0.1}])
-def test_the_memory_of_a_step_is_what_torchs_profiler_counts(shape, precision):
+def test_the_memory_of_a_step_is_what_torchs_profiler_counts(shape, precision, size):
     model = GPT(GPTConfig(context_length=24, num_layers=2, num_heads=2, width=32, **shape))
     batch = Batch.of(torch.zeros(6, 25, dtype=torch.long))
 
     def step():
+        for parameter in model.parameters() if size < 6 else ():  # as one micro-batch left them
+            parameter.grad = torch.zeros_like(parameter)
         with computing(precision, torch.device("cpu")):
-            logits = model(batch.tokens)
-        compute_loss(logits, batch.targets).backward()
+            logits = model(batch.tokens[:size])
+        compute_loss(logits, batch.targets[:size]).backward()
         model.zero_grad()
 
     step()
@@ -221,8 +224,7 @@ def test_the_memory_of_a_step_is_what_torchs_profiler_counts(shape, precision):
     events = profiled.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     peak = np.cumsum([nbytes for _, nbytes in sorted(changes, key=lambda change: change[0])]).max()
-    assert footprint(model, batch, 6, precision).total == pytest.approx(peak, rel=1e-3)
-    assert footprint(model, batch, 2, precision).total < 0.6 * peak
+    assert footprint(model, batch, size, precision).total == pytest.approx(peak, rel=1e-3)
 
 
 def allocate(function):

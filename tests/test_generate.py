@@ -181,3 +181,23 @@ def test_logits_that_are_not_finite_are_named():
         model.head.weight[5, 0] = math.nan
     with pytest.raises(ValueError, match=r"logits are not finite.*; load a checkpoint"):
         written(model, temperature=0.0)
+
+
+def test_the_first_token_is_one_of_those_that_are_allowed():
+    model = build()
+    allowed = [2, 11, 16]
+    seen = {
+        written(model, first_tokens=allowed, seed=seed, max_new_tokens=1)[0] for seed in range(60)
+    }
+    assert seen <= set(allowed)
+    assert len(seen) > 1
+    with torch.no_grad():
+        logits = model.eval()(PROMPT[None])[0, -1]
+    likeliest = max(allowed, key=lambda token: float(logits[token]))
+    (first, second) = written(model, first_tokens=allowed, temperature=0.0, max_new_tokens=2)
+    assert first == likeliest
+    then = torch.tensor([*PROMPT.tolist(), first])
+    assert [second] == written(model, then, temperature=0.0, max_new_tokens=1)
+    for wrong in ([17], [-1], []):
+        with pytest.raises(ValueError, match="must be ids from 0 to 16, one at least"):
+            written(model, first_tokens=wrong)

@@ -14,15 +14,17 @@ from truestep.batch import Batch
 from truestep.cli import main
 from truestep.config import RunConfig
 from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
+from truestep.machine import _left_by_groups, accelerator_is_full
+from truestep.settings import validate
+from truestep.training.compose import resolve_settings
 from truestep.training.estimate import Estimate, computed_estimate, estimate
-from truestep.training.footprint import (
-    bytes_to_come,
-    footprint,
-    largest_micro_batch,
-    needed_bytes,
-)
+from truestep.training.footprint import bytes_to_come, footprint, needed_bytes, state_bytes
+from truestep.training.micro_batch import largest_micro_batch
 from truestep.workflows import plan as workflow
-from truestep.workflows.plan import Plan, lines_of, plan_within
+from truestep.workflows.memory import is_out_of_memory
+from truestep.workflows.plan import Plan, filled, plan_on, plan_within
+from truestep.workflows.plan_text import lines_of
+from truestep.workflows.run import RunError
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +95,7 @@ def planned(num_steps=1000, evaluate_every=100, **changes):
         num_parameters=10**6,
         flops_per_token=6e6,
         tokens_per_step=1000,
+        micro_batch_size=4,
         memory=None,
         largest_micro_batch=None,
         first_step=10.0,
@@ -115,6 +118,32 @@ def test_as_many_steps_as_fit_are_the_most_that_fit(seconds):
     plan = planned()
     steps = plan.steps_within(seconds)
     assert plan.seconds(steps) <= seconds < plan.seconds(steps + 1)
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("minutes", [1, 60])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_steps_that_fit_keep_the_shape_of_the_schedule(path, minutes):
+    asked = validate(RunConfig, {str(path): tomllib.loads(path.read_text())})
+    plain = resolve_settings(asked.training, "float32", torch.device("cpu"))
+    plan = replace(planned(), config=asked.model_copy(update={"training": plain}))
+    training = filled(plan, 60.0 * minutes, asked.training).config.training
+    TrainingConfig.model_validate(training.model_dump())  # `train` takes it
+    share = training.num_steps / asked.training.num_steps
+    assert share != 1
+    assert training.warmup_steps == int(share * asked.training.warmup_steps)
+    assert training.decay_steps == pytest.approx(share * plain.decay_steps, abs=1)
+
+
+def test_an_automatic_decay_is_that_of_the_new_length():
+    plan = planned(num_steps=1000)
+    plain = resolve_settings(plan.config.training, "float32", torch.device("cpu"))
+    assert plain.decay_steps == 200
+    plan = replace(plan, config=plan.config.model_copy(update={"training": plain}))
+    training = filled(plan, 65.0, planned().config.training).config.training
+    assert (training.num_steps, training.decay_steps) == (101, 20)
 
 
 def test_no_step_fits_into_less_than_the_first_takes():
@@ -143,7 +172,7 @@ def test_the_command_plans_and_leaves_nothing_but_the_prepared_text(capsys, monk
 def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_back(monkeypatch):
     asked = []
 
-    def plan_(config, _):
+    def plan_(config, *_):
         asked.append(config.training.compile)
         found = replace(planned().estimate, step=0.4 if asked[-1] == "on" else 0.5)
         found = replace(found, first_step=40.0 if asked[-1] == "on" else 1.0)
@@ -174,7 +203,39 @@ def test_minutes_give_the_steps_that_fit(capsys, monkeypatch):
     assert 285 <= 60 * int(minutes) + int(seconds) <= 300
     assert main([*command[:5], "1e-6"]) == 2
     assert "not one step fits into 0:00" in capsys.readouterr().err
-    assert main([*command[:5], "-1"]) == 2
+    for minutes in ("-1", "nan", "inf"):
+        assert main([*command[:5], minutes]) == 2
+        assert "--minutes" in capsys.readouterr().err
+
+
+def test_where_settings_go_is_refused_before_anything_is_measured(capsys):
+    command = ["plan", "tiny.toml", "--data", "text.txt", "--out"]
+    assert main([*command, "nowhere/plan.toml"]) == 2
+    assert "is in no directory that exists" in capsys.readouterr().err
+    assert main([*command, "tiny.toml"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("tiny.toml").read_text() == TINY
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_exists_can_be_planned_again(monkeypatch, capsys):
+    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    Path("runs/mine").mkdir(parents=True)
+    assert main(["plan", "tiny.toml", "--data", "text.txt", "--run.name", "mine"]) == 0
+    assert list(Path("runs/mine").iterdir()) == []
+
+
+def test_a_validation_on_the_way_is_timed_however_short_the_run(monkeypatch):
+    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    asked = []
+    evaluate = workflow.Session._evaluate
+    monkeypatch.setattr(
+        workflow.Session,
+        "_evaluate",
+        lambda self, windows: asked.append(windows) or evaluate(self, windows),
+    )
+    assert main(["plan", "tiny.toml", "-d", "text.txt", "--training.num-steps", "2"]) == 0
+    assert None not in asked  # all windows
 
 
 def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):
@@ -185,7 +246,7 @@ def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):
     trainer = Trainer(model(), config, sinks=[])
     room = bytes_to_come(trainer.model, trainer.optimizer)
     room += needed_bytes(trainer.model, batch_at(0), 2, "float32")
-    monkeypatch.setattr("truestep.training.footprint.free_bytes", lambda _: room)
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: room)
     with pytest.warns(UserWarning, match=r"4 rows needs about .* split into micro-batches of 2"):
         metrics = trainer.training_step(batch_at(0))
     assert trainer.config.micro_batch_size == 2
@@ -195,7 +256,7 @@ def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):
 
 @pytest.mark.parametrize(("free", "size"), [(0, 1), (None, "auto"), (2**60, "auto")])
 def test_what_is_free_decides_how_a_batch_is_split(monkeypatch, recwarn, free, size):
-    monkeypatch.setattr("truestep.training.footprint.free_bytes", lambda _: free)
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: free)
     trainer = Trainer(model(), TrainingConfig(compile="off"), sinks=[])
     trainer.prepare(batch_at(0))
     assert trainer.config.micro_batch_size == size
@@ -205,13 +266,86 @@ def test_what_is_free_decides_how_a_batch_is_split(monkeypatch, recwarn, free, s
     assert len(recwarn) == (size == 1)
 
 
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", 8), ("muon", 4)])
+def test_what_an_optimizer_will_hold_is_known_before_its_first_step(kind, moments):
+    plain = TrainingConfig(optimizer=kind, precision="float32", compile="off")
+    trainer = Trainer(model(), plain, sinks=[])
+    trainer.model.embedding.weight.requires_grad_(False)  # frozen: held, and nothing else
+    trainer = Trainer(trainer.model, plain, sinks=[])
+    before, to_come = (f(trainer.model, trainer.optimizer) for f in (state_bytes, bytes_to_come))
+    matrices = sum(p.numel() for p in trainer.model.layers.parameters() if p.dim() == 2)
+    others = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) - matrices
+    assert before.weights == before.gradients + 4 * trainer.model.embedding.weight.numel()
+    assert before.moments == moments * matrices + 8 * others
+    assert to_come == 2 * before.moments + before.weights
+    trainer.training_step(batch_at(0))
+    after = state_bytes(trainer.model, trainer.optimizer)
+    assert after.moments == pytest.approx(before.moments, rel=0.01)  # and counts of steps
+
+
+def test_gradients_of_the_micro_batches_before_are_held_too():
+    shape = model()
+    parameters = 4 * sum(p.numel() for p in shape.parameters())
+    one_row = Batch.of(torch.zeros(1, 33, dtype=torch.long))
+    alone = footprint(shape, one_row, 1, "float32").total
+    among = footprint(shape, batch_at(0), 1, "float32").total
+    assert alone < among <= alone + parameters
+
+
+def test_a_container_s_limit_counts(tmp_path):
+    """Version 2 and 1 of Linux's control groups, which /proc/meminfo knows nothing of."""
+
+    def write(name, value):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(value)
+
+    assert list(_left_by_groups(tmp_path)) == []
+    write("proc/self/cgroup", "0::/outer/inner\n4:memory:/host/only\n3:cpu:/\n")
+    write("sys/fs/cgroup/outer/inner/memory.max", "max\n")
+    write("sys/fs/cgroup/outer/inner/memory.current", "700\n")
+    write("sys/fs/cgroup/outer/memory.max", "5000\n")
+    write("sys/fs/cgroup/outer/memory.current", "3000\n")
+    write("sys/fs/cgroup/outer/memory.stat", "anon 1\ninactive_file 400\n")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "900\n")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "100\n")
+    write("sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 50\n")
+    assert list(_left_by_groups(tmp_path)) == [2400, 850]
+
+
+def test_one_row_that_may_not_fit_is_called_so(monkeypatch):
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: 0)
+    trainer = Trainer(model(), TrainingConfig(compile="off"), sinks=[])
+    with pytest.warns(UserWarning, match=r"even one row needs about .* and may not fit; use a sma"):
+        trainer.prepare(batch_at(0))
+
+
+def test_a_library_without_room_for_its_workspace_is_an_accelerator_that_is_full():
+    text = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert accelerator_is_full(RuntimeError(text))
+    assert is_out_of_memory(RuntimeError(text))
+    assert not accelerator_is_full(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+def test_a_plan_for_a_gpu_keeps_what_was_said():
+    asked = {"compile": "off", "micro_batch_size": 2, "num_steps": 12}
+    config = RunConfig(training=asked, data={"source": "text.txt", "batch_size": 4})
+    training = plan_on(config, find_gpu("h100"), print).config.training
+    assert (training.compile, training.micro_batch_size, training.precision) == (
+        ("off", 2, "bfloat16")
+    )
+    config = RunConfig(training={"precision": "float32"}, data={"source": "text.txt"})
+    with pytest.raises(RunError, match="precision=float32, but a data sheet is computed in bfl"):
+        plan_on(config, find_gpu("h100"), print)
+
+
 @pytest.mark.filterwarnings("default")
 def test_the_command_says_aloud_that_it_splits_and_writes_it_down(monkeypatch, capsys):
-    monkeypatch.setattr("truestep.training.footprint.free_bytes", lambda _: 0)
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: 0)
     Path("tiny.toml").write_text(TINY.replace("micro_batch_size = 3\n", ""))
     assert main(["train", "tiny.toml", "--data", "text.txt"]) == 0
     err = capsys.readouterr().err
-    assert re.fullmatch(r"warning: a step of 4 rows needs [^\n]* micro-batches of 1; [^\n]*\n", err)
+    assert re.fullmatch(r"warning: a step of 4 rows needs [^\n]* may not fit; [^\n]*\n", err)
     settings = tomllib.loads(Path("runs/text-1/config.toml").read_text())
     assert settings["training"]["micro_batch_size"] == 1
 
@@ -225,17 +359,21 @@ def test_a_gpu_that_is_not_here_is_computed_from_its_data_sheet():
     assert found.utilization == pytest.approx(ASSUMED_UTILIZATION)
     assert found.memory.moments == 2 * found.memory.weights == 8 * found.num_parameters
     assert found.largest_micro_batch > 1000
-    assert trainer.config.micro_batch_size == 4
+    assert found.micro_batch_size == 4
 
 
 def test_what_does_not_fit_on_a_gpu_is_split_or_refused():
     trainer = Trainer(model(), TrainingConfig(precision="float32", compile="off"), sinks=[])
-    beside = 2**30 + 16 * sum(p.numel() for p in trainer.model.parameters())
-    room = needed_bytes(trainer.model, batch_at(0), 3, "bfloat16", on_gpu=True)
-    found = computed_estimate(trainer, batch_at(0), GPU("a small one", 1e12, beside + room))
+    beside = 2**30 + 12 * sum(p.numel() for p in trainer.model.parameters())
+    room = needed_bytes(trainer.model, batch_at(0), 3, "gpu")
+    small = GPU("small one", 1e12, beside + room)
+    found = computed_estimate(trainer, batch_at(0), small)
     assert found.largest_micro_batch == 3
-    assert trainer.config.micro_batch_size == 2  # divides the batch
-    with pytest.raises(ValueError, match=r"one window needs .* of the tiny one are left; use a sm"):
+    assert found.micro_batch_size == 2  # divides the batch
+    assert computed_estimate(trainer, batch_at(0), small, 1).micro_batch_size == 1
+    with pytest.raises(ValueError, match=r"4 windows in .* of the small one are left; use at most"):
+        computed_estimate(trainer, batch_at(0), small, 4)
+    with pytest.raises(ValueError, match=r"1 window in .* of the tiny one are left; use a smaller"):
         computed_estimate(trainer, batch_at(0), GPU("tiny one", 1e12, beside))
     trainer = Trainer(ForksOnValues(), TrainingConfig(), sinks=[])
     with pytest.raises(ValueError, match="ForksOnValues does not run on tensors without values"):
@@ -243,13 +381,13 @@ def test_what_does_not_fit_on_a_gpu_is_split_or_refused():
 
 
 def test_attention_on_a_gpu_holds_no_square_of_the_context():
-    def bytes_of(length, **where):
+    def bytes_of(length, arithmetic):
         shape = GPTConfig(context_length=length, vocab_size=64, num_layers=1, num_heads=8, width=64)
         batch = Batch.of(torch.zeros(1, length + 1, dtype=torch.long))
-        return footprint(GPT(shape), batch, 1, "bfloat16", **where).total
+        return footprint(GPT(shape), batch, 1, arithmetic).total
 
-    assert bytes_of(1024, on_gpu=True) < 2.1 * bytes_of(512, on_gpu=True)
-    assert bytes_of(1024) > 3 * bytes_of(512)  # a CPU holds the scores
+    assert bytes_of(1024, "gpu") < 2.1 * bytes_of(512, "gpu")
+    assert bytes_of(1024, "bfloat16") > 3 * bytes_of(512, "bfloat16")  # a CPU holds the scores
 
 
 def test_the_command_plans_for_a_gpu_and_marks_it_as_computed(capsys):

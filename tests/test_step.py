@@ -503,18 +503,26 @@ def test_muon_in_bfloat16_is_torchs():
         torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("narrow", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_muon_iterates_in_what_the_hardware_multiplies(bigram, windows, monkeypatch, narrow, dtype):
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float32", torch.float32, torch.float32),
+        ("bfloat16", torch.float32, torch.bfloat16),
+        ("float32", torch.float64, torch.float64),
+    ],
+)
+def test_muon_iterates_in_the_arithmetic_of_the_run(bigram, windows, monkeypatch, dtypes):
+    precision, parameters, expected = dtypes
     seen = set()
 
     def look(matrix):
         seen.add(matrix.dtype)
         return matrix
 
-    monkeypatch.setattr("truestep.training.compose.multiplies_bfloat16", lambda _: narrow)
     monkeypatch.setattr("truestep.training.muon.orthogonal", look)
-    Trainer(bigram(), plain_config(optimizer="muon"), sinks=[]).training_step(windows())
-    assert seen == {dtype}
+    config = plain_config(optimizer="muon", precision=precision)
+    Trainer(bigram().to(parameters), config, sinks=[]).training_step(windows())
+    assert seen == {expected}
 
 
 class Functional(torch.nn.Module):

@@ -216,7 +216,7 @@ def test_an_id_that_a_tokenizer_should_not_give_is_never_written(tmp_path, wrong
 
 def test_another_tokenizer_vocabulary_or_dtype_is_refused(tmp_path, damaged):
     directory = write(tmp_path / "numbers", [[1]], vocab_size=300)
-    with pytest.raises(StorageError, match="'numbers' is not known"):
+    with pytest.raises(StorageError, match="tokenizer=numbers must be bytes or bpe-N"):
         open_prepared(directory)
     for other in (ByteTokenizer(), Numbers(301)):
         with pytest.raises(StorageError, match=r"manifest\.json: tokenizer: expected"):
@@ -269,7 +269,7 @@ def _first_shard(name):
             ),
             "size",
         ),
-        (lambda m: m["tokenizer"].update(name="\x1b[31m"), r"'\\x1b\[31m' is not known"),
+        (lambda m: m["tokenizer"].update(name="\x1b[31m"), r"tokenizer=\\x1b\[31m must be bytes"),
     ],
 )
 def test_a_hostile_manifest_is_refused_in_one_line(damaged, change, message):
@@ -385,7 +385,7 @@ def test_the_byte_tokenizer_refuses_what_it_cannot_stand_for():
         tokenizer.pieces([1, 256])
     assert tokenizer.decode([0xC3]) == "\ufffd"
     assert tokenizer.decode([]) == ""
-    with pytest.raises(ValueError, match="tokenizer='bpe' is not known; use bytes"):
+    with pytest.raises(ValueError, match="tokenizer=bpe must be bytes or bpe-N"):
         find_tokenizer("bpe")
     golden = "5cd8188f92cf1e75242450d2880a9eb9c5e4936bd04eae7e7360c382be803089"
     assert find_tokenizer("bytes").fingerprint == golden

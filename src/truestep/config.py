@@ -4,6 +4,7 @@ The text under a setting is its documentation: in the docstring, in `--help` and
 `trajectory` and `cosmetic` say whether a resumed run must keep it.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -194,15 +195,28 @@ class DataConfig(Config):
     @field_validator("tokenizer")
     @classmethod
     def _check_tokenizer(cls, name: str) -> str:
-        kind, _, size = name.partition("-")
-        if name not in {"auto", "bytes"} and not (
-            kind == "bpe" and size.isdecimal() and _LEAST_BPE <= int(size) <= _MOST_BPE
-        ):
-            raise ValueError(
-                f"tokenizer={shown(name)} must be auto, bytes or bpe-N, where N is {_LEAST_BPE} to "
-                f"{_MOST_BPE} ids; try bpe-4096"
-            )
+        try:
+            if name != "auto":
+                byte_pairs(name)
+        except ValueError as error:
+            raise ValueError(f"{error} or auto") from None
         return name
+
+
+def byte_pairs(name: str) -> int | None:
+    """Return the N of a tokenizer `bpe-N`; none for `bytes`.
+
+    Errors: ValueError for another name.
+    """
+    if name == "bytes":
+        return None
+    size = re.fullmatch(r"bpe-([1-9][0-9]{2,6})", name)
+    if size is None or not _LEAST_BPE <= int(size[1]) <= _MOST_BPE:
+        raise ValueError(
+            f"tokenizer={shown(name)} must be bytes or bpe-N, where N is {_LEAST_BPE} to "
+            f"{_MOST_BPE} without leading zeros; try bpe-4096"
+        )
+    return int(size[1])
 
 
 class RunSettings(Config):

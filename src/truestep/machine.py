@@ -1,7 +1,9 @@
 """What the machine is and has: its name, its rate of arithmetic, its memory."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -48,12 +50,35 @@ def free_bytes(device: torch.device) -> int | None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         free = min(free, limit - pages * resource.getpagesize())
-    return int(max(0, free - _HEAP_BYTES))
+    return int(max(0, min(free, *_left_by_groups(Path("/"))) - _HEAP_BYTES))
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """Yield what each limit of a container leaves: control groups of Linux, version 2 or 1."""
+    groups = root / "proc/self/cgroup"
+    lines = groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []
+    for _, controllers, name in (line.split(":", 2) for line in lines):
+        if not controllers:
+            top, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif controllers == "memory":
+            top = root / "sys/fs/cgroup/memory"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = top / name.lstrip("/")
+        for place in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # not seen from inside, or no limit: max
+                left = int((place / limit).read_text()) - int((place / usage).read_text())
+                rows = (place / "memory.stat").read_text().splitlines()
+                stat = {key: int(value) for key, value in map(str.split, rows)}
+                # Files in the cache count as used, and are given back.
+                yield left + stat.get("total_inactive_file", stat.get("inactive_file", 0))
 
 
 def accelerator_is_full(error: BaseException) -> bool:
     """Say whether an error is an accelerator's that has no more memory; a CPU raises others."""
-    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+    signs = ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def peak_bytes(device: torch.device) -> int | None:

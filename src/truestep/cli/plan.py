@@ -1,6 +1,8 @@
 """`truestep plan`."""
 
+import math
 import os
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +17,29 @@ from truestep.shell import command
 _NO_OPTIONS = RunOptions()
 
 
+def _finite(_: object, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+
+
+def _new_file(_: object, path: Path | None) -> None:
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise ValueError("is in no directory that exists; make it first")
+    if path.exists():
+        raise ValueError("exists already; choose another name, or remove it")
+
+
 def plan(
     config: Path | None = None,
     /,
     *,
     data: Annotated[str | None, Parameter(alias="-d")] = None,
-    minutes: Annotated[float | None, Parameter(validator=Number(gt=0))] = None,
+    minutes: Annotated[float | None, Parameter(validator=(Number(gt=0), _finite))] = None,
     gpu: str | None = None,
-    out: Annotated[Path | None, Parameter(alias="-o")] = None,
-    price_per_hour: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
+    out: Annotated[Path | None, Parameter(alias="-o", validator=_new_file)] = None,
+    price_per_hour: Annotated[float | None, Parameter(validator=(Number(gte=0), _finite))] = None,
     options: Annotated[RunOptions, Parameter(name="*", negative_iterable=())] = _NO_OPTIONS,
 ) -> None:
     """Say what a run will cost and whether it fits, from a few steps of it.
@@ -46,20 +62,23 @@ def plan(
         The settings, as of `truestep train`.
 
     """
+    began = time.perf_counter()
     chosen = resolve(given(options, data), os.environ, config)
 
-    from truestep.workflows.plan import filled, lines_of, plan_on, plan_within, write_config
+    from truestep.workflows.plan import filled, plan_on, plan_within, write_config
     from truestep.workflows.plan import plan as plan_run
-    from truestep.workflows.run import check_new_run
+    from truestep.workflows.plan_text import lines_of
+    from truestep.workflows.run import check_directory
 
-    check_new_run(chosen.run)
+    check_directory(Path(chosen.run.directory))
+    loaded_in = time.perf_counter() - began
     if gpu is not None:
         result = plan_on(chosen, find_gpu(gpu), say)
-        result = result if minutes is None else filled(result, 60 * minutes)
+        result = result if minutes is None else filled(result, 60 * minutes, chosen.training)
     elif minutes is not None:
-        result = plan_within(chosen, 60 * minutes, say)
+        result = plan_within(chosen, 60 * minutes, say, loaded_in)
     else:
-        result = plan_run(chosen, say)
+        result = plan_run(chosen, say, loaded_in)
     for line in lines_of(result, price_per_hour):
         say(line)
     if out is not None:

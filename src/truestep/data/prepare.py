@@ -93,6 +93,7 @@ def prepare_once(
     cache: Path,
     *,
     tokenizer: Tokenizer | BytePairs,
+    learnt: BytePairTokenizer | None = None,
     validation: str = "auto",
     storage: Storage = LOCAL,
     shard_tokens: int = SHARD_TOKENS,
@@ -103,6 +104,8 @@ def prepare_once(
     Its name holds the fingerprint, so edited text is prepared anew. A source that is a prepared
     directory is returned as it is; it has its own validation. Processes that prepare the same text
     at one time all end with the same directory. Errors as for `prepare`.
+
+    `learnt` is what an earlier learning of `tokenizer` gave, to be used instead of learning anew.
     """
     if is_prepared(source):
         if validation != "auto":
@@ -117,6 +120,10 @@ def prepare_once(
         _check_writable(cache / stem, storage)
     survey = _survey(source, validation, tokenizer, say)
     target = cache / f"{stem}-{survey.fingerprint[:12]}"
+    if learnt is not None and not _is_prepared_with(learnt, target):
+        # Beside what is learnt from this text now, maybe by another version of the library.
+        target = cache / f"{stem}-{learnt.fingerprint[:12]}-{survey.fingerprint[:12]}"
+        tokenizer = learnt
     if not target.exists():
         try:
             _write(
@@ -130,17 +137,25 @@ def prepare_once(
         except OSError:
             if not (target / MANIFEST).is_file():  # else another process was faster
                 raise
-    try:
-        known = None if isinstance(tokenizer, BytePairs) else tokenizer
-        found = open_prepared(target, known).fingerprint
-    except StorageError as error:
-        raise StorageError(f"{error}; remove {target} to prepare it again") from None
+    known = None if isinstance(tokenizer, BytePairs) else tokenizer
+    found = _open(target, known).fingerprint
     if found != survey.fingerprint:
         raise StorageError(
             f"{target}: expected fingerprint {survey.fingerprint}, found {found}; remove it to "
             "prepare it again"
         )
     return target
+
+
+def _open(target: Path, tokenizer: Tokenizer | None = None) -> PreparedData:
+    try:
+        return open_prepared(target, tokenizer)
+    except StorageError as error:
+        raise StorageError(f"{error}; remove {target} to prepare it again") from None
+
+
+def _is_prepared_with(learnt: Tokenizer, target: Path) -> bool:
+    return target.exists() and _open(target).tokenizer.fingerprint == learnt.fingerprint
 
 
 def _check_writable(target: Path, storage: Storage) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int64
 from numpy.typing import ArrayLike
 
-from truestep.data.bpe import BytePairs, BytePairTokenizer
+from truestep.config import byte_pairs
+from truestep.data.bpe import DEFINITION_LIMIT_BYTES, BytePairs, BytePairTokenizer
 from truestep.data.pieces import checked_ids, decode_bytes, pieces_of
 from truestep.storage import FileRecord, StorageError, read_file
 
@@ -104,24 +105,31 @@ def find_tokenizer(name: str) -> Tokenizer | BytePairs:
 
     Errors: ValueError for a name that is unknown.
     """
-    if name == ByteTokenizer.name:
-        return ByteTokenizer()
-    kind, _, size = name.partition("-")
-    if kind == "bpe" and size.isdecimal():
-        return BytePairs(int(size))
-    raise ValueError(f"tokenizer={name!r} is not known; use bytes, or bpe-N for N ids")
+    size = byte_pairs(name)
+    return ByteTokenizer() if size is None else BytePairs(size)
 
 
-def load_tokenizer(name: str, directory: Path, record: FileRecord | None = None) -> Tokenizer:
+def load_tokenizer(
+    name: str, directory: Path, record: FileRecord | None = None, fingerprint: str | None = None
+) -> Tokenizer:
     """Return the tokenizer of that name; one that was learnt lies in `directory`, by DEFINITION.
 
-    Errors: ValueError for a name that is unknown; StorageError for a file that does not serve.
+    That file is not parsed before it was compared with its record and fingerprint, if given.
+    Errors: ValueError for a name that is unknown or another fingerprint; StorageError for a file
+    that does not serve.
     """
     tokenizer = find_tokenizer(name)
     if not isinstance(tokenizer, BytePairs):
         return tokenizer
     path = directory / DEFINITION
+    definition = read_file(path, record, limit=DEFINITION_LIMIT_BYTES)
+    found = hashlib.sha256(definition).hexdigest()
+    if fingerprint not in {None, found}:
+        raise ValueError(
+            f"{path} is not the tokenizer that was recorded with it (fingerprint "
+            f"{fingerprint[:12]}, now {found[:12]}); restore it"
+        )
     try:
-        return BytePairTokenizer(name, read_file(path, record))
+        return BytePairTokenizer(name, definition)
     except ValueError as error:
         raise StorageError(f"{path}: {error}") from None

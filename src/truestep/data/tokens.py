@@ -234,8 +234,8 @@ def open_prepared(directory: Path, tokenizer: Tokenizer | None = None) -> Prepar
         raise StorageError(f"{path}: {field}: {detail['msg'].lower()}") from None
     if tokenizer is None:
         try:
-            record = files.get(DEFINITION)
-            tokenizer = load_tokenizer(checked.tokenizer.name, directory, record)
+            name, fingerprint = checked.tokenizer.name, checked.tokenizer.fingerprint
+            tokenizer = load_tokenizer(name, directory, files.get(DEFINITION), fingerprint)
         except ValueError as error:
             raise StorageError(f"{path}: {error}") from None
     expected = {

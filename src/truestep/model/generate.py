@@ -1,7 +1,7 @@
 """Writing with the reference model, one token at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Shaped
@@ -22,12 +22,14 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_token: int | None = None,
+    first_tokens: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """Yield the ids of tokens that continue the prompt `tokens` ([T] or [1, T]).
 
     Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest; of these, `top_p` keeps
     the fewest that hold this share of the probability. `stop_token` ends the text and is not
-    yielded. When the context is full, the model reads the last half of it again and goes on.
+    yielded; the first new token is one of `first_tokens`, if given. When the context is full, the
+    model reads the last half of it again and goes on.
 
     The same seed gives the same text; torch's own generators are not used, and between two tokens
     every module is in the mode the caller gave it. The caller's autocast applies.
@@ -39,10 +41,20 @@ def generate(
     _check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if stop_token is not None and not 0 <= stop_token < vocab_size:
         raise ValueError(f"stop_token={stop_token} must be an id from 0 to {vocab_size - 1}")
+    if first_tokens is not None and not all(0 <= t < vocab_size for t in first_tokens or (-1,)):
+        raise ValueError(
+            f"first_tokens={list(first_tokens)} must be ids from 0 to {vocab_size - 1}, one at least"
+        )
     generator = torch.Generator().manual_seed(seed)  # on the CPU: one text on every device
 
     def continuation() -> Iterator[int]:
+        first = first_tokens
         for logits in _next_logits(model, history, max_new_tokens):
+            if first is not None:
+                refused = torch.ones_like(logits, dtype=torch.bool)
+                refused[list(first)] = False
+                logits.masked_fill_(refused, -math.inf)
+                first = None
             token = _sample(logits, temperature, top_k, top_p, generator)
             if token == stop_token:
                 return

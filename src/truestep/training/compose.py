@@ -1,20 +1,45 @@
 """From what a trainer is given to what it works with: arguments, optimizer, schedule."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from truestep.batch import Batch
 from truestep.config import TrainingConfig
-from truestep.runtime import multiplies_bfloat16
+from truestep.runtime import resolve_deterministic
 from truestep.training.companion import Companion
 from truestep.training.muon import Muon, MuonAdamW, hidden_matrices
 from truestep.training.optim import adamw, embedding_matrices, trainable_parameters
 from truestep.training.probe import probe
-from truestep.training.schedule import Schedule, constant, warmup_cosine, warmup_stable_decay
+from truestep.training.schedule import (
+    Schedule,
+    constant,
+    resolve_decay_steps,
+    warmup_cosine,
+    warmup_stable_decay,
+)
+
+
+def resolve_settings(
+    config: TrainingConfig, precision: Literal["float32", "bfloat16"], device: torch.device
+) -> TrainingConfig:
+    """Return the settings in plain values, as far as they can be known before a batch."""
+    resolved = {
+        "precision": precision,
+        "deterministic": resolve_deterministic(config.deterministic, device),
+        "decay_steps": resolve_decay_steps(
+            config.decay_steps, config.warmup_steps, config.num_steps
+        ),
+    }
+    return config.model_copy(update=resolved)
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, over every parameter that requires a gradient."""
+    """Return the optimizer that `config` names, over every parameter that requires a gradient.
+
+    `config` has its precision in a plain value: Muon iterates in bfloat16 where that is it.
+    """
     parameters = trainable_parameters(model)
     matrices = _muon_matrices(model) if config.optimizer == "muon" else []
     embeddings = _faster_embeddings(model, config)
@@ -31,13 +56,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         rest.add_param_group({"params": embeddings, "lr": rate})
     if not matrices:
         return rest
-    narrow = multiplies_bfloat16(matrices[0].device)
+    wide = torch.promote_types(matrices[0].dtype, torch.float32)
     muon = Muon(
         matrices,
         lr=config.muon_learning_rate,
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
-        dtype=torch.bfloat16 if narrow else torch.float32,
+        dtype=torch.bfloat16 if config.precision == "bfloat16" else wide,
     )
     return MuonAdamW(rest, muon)
 

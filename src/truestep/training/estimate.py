@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,13 +12,16 @@ from truestep.batch import Batch
 from truestep.gpus import ASSUMED_UTILIZATION, GPU
 from truestep.machine import free_bytes, measure_peak_flops
 from truestep.metrics import model_flops_utilization
-from truestep.observe.text import format_bytes
+from truestep.observe.text import count, format_bytes
 from truestep.training.footprint import (
+    Footprint,
+    State,
     bytes_to_come,
     footprint,
-    largest_micro_batch,
-    moment_bytes,
+    needed_bytes,
+    state_bytes,
 )
+from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
 from truestep.training.trainer import Trainer
 
 _WARM_UP_STEPS, _LEAST_STEPS, _PROBE_SECONDS = 2, 5, 5.0
@@ -45,6 +49,7 @@ class Estimate:
     num_parameters: int
     flops_per_token: float | None
     tokens_per_step: int
+    micro_batch_size: int
     memory: Memory | None
     largest_micro_batch: int | None
     first_step: float
@@ -80,12 +85,14 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
         start = time.perf_counter()
         trainer.training_step(batch)
         seconds.append(time.perf_counter() - start)
+    held = _held(trainer, first)
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     return Estimate(
         num_parameters=sum(p.numel() for p in trainer.model.parameters()),
         flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
         tokens_per_step=first.tokens.numel(),
-        memory=_memory(trainer, first),
+        micro_batch_size=trainer.micro_batch_size(first),
+        memory=_memory(state_bytes(trainer.model, trainer.optimizer), held) if held else None,
         largest_micro_batch=largest,
         first_step=seconds[0],
         step=statistics.median(seconds[_WARM_UP_STEPS:]),
@@ -93,46 +100,50 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     )
 
 
-def computed_estimate(trainer: Trainer, batch: Batch, gpu: GPU) -> Estimate:
+def computed_estimate(
+    trainer: Trainer, batch: Batch, gpu: GPU, micro_batch_size: int | Literal["auto"] = "auto"
+) -> Estimate:
     """Return what steps would take on a GPU that is not here, by its data sheet; nothing is run.
 
     `trainer` has its model on a CPU. The time of a step is its matrix products at
-    ASSUMED_UTILIZATION; what does not fit into memory is split.
-    Errors: ValueError for a model that does not run on fake tensors, or of which no row fits.
+    ASSUMED_UTILIZATION; what does not fit into memory is split, if `micro_batch_size` is auto.
+    Errors: ValueError for a model that does not run on fake tensors, or micro-batches, of one row
+    if they are auto, that do not fit.
     """
     trainer.prepare(batch)
-    model = trainer.model
-    parameters = list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    # Weights, two moments, gradients of the micro-batches before, and what a process itself holds.
-    room = gpu.memory_bytes - _PROCESS_BYTES - weights - 3 * trained
+    model, state = trainer.model, state_bytes(trainer.model, trainer.optimizer)
+    # What a process itself holds, and what it keeps between steps.
+    room = gpu.memory_bytes - _PROCESS_BYTES - state.weights - state.moments
     try:
-        largest = largest_micro_batch(model, batch, room, "bfloat16", on_gpu=True)
-        rows = len(batch.tokens)
-        size = max((n for n in range(1, rows + 1) if rows % n == 0 and n <= largest), default=0)
-        held = footprint(model, batch, max(size, 1), "bfloat16", on_gpu=True)
+        largest = largest_micro_batch(model, batch, room, "gpu")
+        size = (
+            largest_that_fits(model, batch, room, "gpu", limit=len(batch.tokens)) or 1
+            if micro_batch_size == "auto"
+            else min(micro_batch_size, len(batch.tokens))
+        )
+        held = footprint(model, batch, size, "gpu")
+        needed = needed_bytes(model, batch, size, "gpu")
     except (RuntimeError, AssertionError):
-        held, size = None, 0
+        held = None
     if held is None or trainer.facts is None:
         raise ValueError(
             f"{type(model).__name__} does not run on tensors without values: what it takes cannot "
             "be computed; plan it on the GPU itself"
         )
-    if not size:
+    if needed > room:
         raise ValueError(
-            f"one window needs {format_bytes(held.total)} beside weights and moments, and "
-            f"{format_bytes(max(0, room))} of the {gpu.title} are left; use a smaller model or a "
-            "shorter model.context_length"
+            f"{count(size, 'window')} in a micro-batch: {format_bytes(needed)} beside weights and "
+            f"moments, and {format_bytes(max(0, room))} of the {gpu.title} are left; use "
+            + (f"at most {largest}" if largest else "a smaller model or context_length")
         )
     tokens, flops = batch.tokens.numel(), trainer.facts.flops_per_token
     step = flops * tokens / (ASSUMED_UTILIZATION * gpu.flops_per_second)
-    trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
     return Estimate(
-        num_parameters=sum(p.numel() for p in parameters),
+        num_parameters=sum(p.numel() for p in model.parameters()),
         flops_per_token=flops,
         tokens_per_step=tokens,
-        memory=Memory(weights, trained, 2 * trained, max(0, held.total - trained), held.logits),
+        micro_batch_size=size,
+        memory=_memory(state, held),
         largest_micro_batch=largest,
         first_step=step,
         step=step,
@@ -152,19 +163,14 @@ def _largest_micro_batch(trainer: Trainer, batch: Batch) -> int | None:
         return None
 
 
-def _memory(trainer: Trainer, batch: Batch) -> Memory | None:
-    """Return what a step takes by kind, once the optimizer has its state."""
-    size = trainer.micro_batch_size(batch)
+def _held(trainer: Trainer, batch: Batch) -> Footprint | None:
     try:
-        held = footprint(trainer.model, batch, size, trainer.precision)
-    except (RuntimeError, AssertionError):
+        size = trainer.micro_batch_size(batch)
+        return footprint(trainer.model, batch, size, trainer.precision)
+    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
         return None
-    parameters = list(trainer.model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    return Memory(
-        weights=sum(p.numel() * p.element_size() for p in parameters),
-        gradients=trained,
-        moments=moment_bytes(trainer.optimizer),
-        activations=max(0, held.total - trained),
-        logits=held.logits,
-    )
+
+
+def _memory(state: State, held: Footprint) -> Memory:
+    activations = max(0, held.total - state.gradients)
+    return Memory(state.weights, state.gradients, state.moments, activations, held.logits)

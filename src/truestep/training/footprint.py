@@ -1,10 +1,8 @@
 """The memory that a step takes, learnt without taking it."""
 
-import contextlib
-import warnings
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,10 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from truestep.batch import Batch
 from truestep.loss import LOGITS_PER_CHUNK, DeferredLogits, compute_loss
-from truestep.machine import free_bytes
-from truestep.observe.text import format_bytes
 from truestep.runtime import attention_kernels, computing, module_modes
+from truestep.training.muon import MuonAdamW
+from truestep.training.optim import trainable_parameters
 from truestep.training.probe import logits_of
+
+# How the numbers are held: as a trainer's precision has it, or as a GPU would, in bfloat16 and with
+# fused attention.
+Arithmetic = Literal["float32", "bfloat16", "gpu"]
 
 # The resident memory of a step on a CPU was 1.2 times the sum of its tensors: allocators round up.
 _WASTE = 1.25
@@ -60,42 +62,45 @@ class Footprint(NamedTuple):
     logits: int
 
 
-def footprint(
-    model: nn.Module,
-    batch: Batch,
-    size: int,
-    precision: Literal["float32", "bfloat16"],
-    on_gpu: bool = False,
-) -> Footprint:
+class State(NamedTuple):
+    """Bytes that training holds between steps, or that every step has; `moments` once there are."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+
+def footprint(model: nn.Module, batch: Batch, size: int, arithmetic: Arithmetic) -> Footprint:
     """Return the most that forward, loss and backward of a micro-batch hold at one time.
 
-    That is every tensor beside parameters and batch, gradients included, when not compiled; `batch`
-    gives the length, `size` the rows, also more than it has. Nothing is computed: fake tensors have
-    only shapes. With `on_gpu`, as a GPU would in bfloat16: attention holds no square of the length.
+    That is every tensor beside parameters and batch, when not compiled, gradients included: those
+    of the micro-batches before, too, where `size` is not the whole batch. `batch` gives the length,
+    `size` the rows, also more than it has. Nothing is computed: fake tensors have only shapes.
 
     Errors: RuntimeError or AssertionError for a model that does not run so, because what it does
     depends on the values.
     """
     device = next(model.parameters()).device
-    rows = _rows(batch, size)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with module_modes(model, training=True), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         state = {
             name: fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
             for name, tensor in own.items()
         }
-        tokens, targets = (fake.from_tensor(t).to(device) for t in (rows.tokens, rows.targets))
-        inputs = {name: fake.from_tensor(value).to(device) for name, value in rows.inputs.items()}
-        if on_gpu:  # as wide as bfloat16, for which a CPU may have other ways
-            attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-            arithmetic: contextlib.AbstractContextManager[Any] = torch.autocast(
-                "cpu", torch.float16
-            )
-        else:
-            attention = attention_kernels(precision, device, tokens.shape[1])
-            arithmetic = computing(precision, device)
-        with attention, _Ledger([*state.values(), tokens, targets, *inputs.values()]) as ledger:
-            with arithmetic:
+
+        def rows(tensor: Tensor) -> Tensor:
+            return fake.from_tensor(tensor)[:1].expand(size, *tensor.shape[1:]).to(device).clone()
+
+        tokens, targets = rows(batch.tokens), rows(batch.targets)
+        inputs = {name: rows(value) for name, value in batch.inputs.items()}
+        with (
+            _kernels(arithmetic, device, tokens.shape[1]),
+            _Ledger([*state.values(), tokens, targets, *inputs.values()]) as ledger,
+        ):
+            if size < len(batch.tokens):
+                for tensor in state.values():
+                    tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None
+            with _casting(arithmetic, device):
                 output = torch.func.functional_call(model, state, (tokens,), inputs)
             logits = logits_of(output)
             loss = compute_loss(logits, targets)
@@ -106,97 +111,52 @@ def footprint(
     return Footprint(ledger.peak, 4 * count)
 
 
-def _rows(batch: Batch, size: int) -> Batch:
-    """Return a batch of so many rows like the first ones."""
-    index = torch.arange(size) % len(batch.tokens)
-    inputs = {name: value[index.to(value.device)] for name, value in batch.inputs.items()}
-    index = index.to(batch.tokens.device)
-    return Batch(batch.tokens[index], batch.targets[index], inputs)
+def _kernels(
+    arithmetic: Arithmetic, device: torch.device, num_keys: int
+) -> AbstractContextManager[None]:
+    if arithmetic == "gpu":
+        return nullcontext()
+    return attention_kernels(arithmetic, device, num_keys)
 
 
-def needed_bytes(
-    model: nn.Module,
-    batch: Batch,
-    size: int,
-    precision: Literal["float32", "bfloat16"],
-    on_gpu: bool = False,
-) -> int:
+def _casting(arithmetic: Arithmetic, device: torch.device) -> AbstractContextManager[Any]:
+    if arithmetic == "gpu":  # as wide as bfloat16, for which a CPU may have other ways
+        return torch.autocast("cpu", torch.float16)
+    return computing(arithmetic, device)
+
+
+def needed_bytes(model: nn.Module, batch: Batch, size: int, arithmetic: Arithmetic) -> int:
     """Return what a micro-batch takes of the machine, allocators included. Errors: as above."""
-    return int(_WASTE * footprint(model, batch, size, precision, on_gpu).total)
+    return int(_WASTE * footprint(model, batch, size, arithmetic).total)
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Return what training holds beside a micro-batch.
+
+    An optimizer that has not stepped yet has two moments to come for every number that is trained,
+    as Adam's kind, and Muon one.
+    """
+    trained = _bytes_of(trainable_parameters(model))
+    moments = held_moments(optimizer)
+    if not moments:
+        once = optimizer.param_groups[-1]["params"] if isinstance(optimizer, MuonAdamW) else []
+        moments = 2 * trained - _bytes_of(once)
+    return State(_bytes_of(model.parameters()), trained, moments)
 
 
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return what training takes beside a micro-batch: moments, gradients, a copy to be saved."""
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    copy = 3 * parameters if next(model.parameters()).device.type == "cpu" else 0
-    accumulated = parameters  # the gradients of the micro-batches before
-    return max(0, 2 * parameters - moment_bytes(optimizer)) + copy + accumulated
+    """Return what training takes beside a micro-batch: moments, and on a CPU a copy to be saved."""
+    state = state_bytes(model, optimizer)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    copy = state.weights + state.moments if on_cpu else 0
+    return state.moments - held_moments(optimizer) + copy
 
 
-def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return what an optimizer's state takes by now."""
+def held_moments(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of an optimizer's state by now."""
     values = [value for entries in optimizer.state.values() for value in entries.values()]
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    return _bytes_of(value for value in values if isinstance(value, Tensor))
 
 
-def largest_micro_batch(
-    model: nn.Module,
-    batch: Batch,
-    room: int,
-    precision: Literal["float32", "bfloat16"],
-    on_gpu: bool = False,
-) -> int:
-    """Return the most rows, to one in fifty, of a micro-batch that takes up to `room` bytes.
-
-    0 if not even one does. Errors: as for `footprint`.
-    """
-    low, high = 0, 1
-    while (needed := needed_bytes(model, batch, high, precision, on_gpu)) <= room:
-        # Nearly proportional: the next guess lies just above what fits.
-        low, high = high, max(high + 1, high * room // needed + high // 50)
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2
-        fits = needed_bytes(model, batch, middle, precision, on_gpu) <= room
-        low, high = (middle, high) if fits else (low, middle)
-    return low
-
-
-def largest_divisor(
-    model: nn.Module, batch: Batch, below: int, room: int, precision: Literal["float32", "bfloat16"]
-) -> int:
-    """Return the most rows `below` a number that divide the batch and take up to `room` bytes.
-
-    0 if there are none. Errors: as for `footprint`.
-    """
-    sizes = [size for size in range(1, below) if len(batch.tokens) % size == 0]
-    count = bisect_right(sizes, room, key=lambda n: needed_bytes(model, batch, n, precision))
-    return sizes[count - 1] if count else 0
-
-
-def micro_batch_that_fits(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    precision: Literal["float32", "bfloat16"],
-) -> int | Literal["auto"]:
-    """Return "auto" where a step of the whole batch fits into what is free, or is not known to.
-
-    Else the most rows that divide the batch and fit, which is said by a warning; 1 if none do.
-    """
-    free = free_bytes(next(model.parameters()).device)
-    if free is None:
-        return "auto"
-    room, rows = max(0, free - bytes_to_come(model, optimizer)), len(batch.tokens)
-    try:
-        needed = needed_bytes(model, batch, rows, precision)
-        if needed <= room:
-            return "auto"
-        size = largest_divisor(model, batch, rows, room, precision) or 1
-    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
-        return "auto"
-    warnings.warn(
-        f"a step of {rows} rows needs about {format_bytes(needed)}, and {format_bytes(room)} are "
-        f"free: it is split into micro-batches of {size}; but for dropout, loss and gradient stay",
-        stacklevel=2,
-    )
-    return size
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,6 +1,7 @@
 """The forward unit of a step: cast, model and loss as one function, compiled where that pays."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 from typing import Literal
 
 import torch
@@ -9,20 +10,24 @@ from torch import Tensor, nn
 
 from truestep import compiler, runtime
 from truestep.batch import Batch
+from truestep.config import TrainingConfig
 from truestep.loss import compute_loss, token_losses
+from truestep.training.guard import BufferGuard
 from truestep.training.probe import logits_of
 
 
 class ForwardLoss:
-    """Computes a micro-batch's share of the loss: the only place where training runs the model."""
+    """Computes a micro-batch's share of the loss: the only place where training runs the model.
+
+    `config` gives seed, determinism and compilation; "auto" is not compiled.
+    """
 
     def __init__(
         self,
         model: nn.Module,
+        config: TrainingConfig,
         precision: Literal["float32", "bfloat16"],
         device: torch.device,
-        *,
-        compiled: bool,
     ) -> None:
         # A closure over these alone: nothing that varies by step is traced.
         def forward_loss(
@@ -32,9 +37,48 @@ class ForwardLoss:
                 logits = logits_of(model(tokens, **inputs))
             return compute_loss(logits, targets, num_tokens=num_tokens)
 
-        self._model, self._precision, self._device = model, precision, device
+        self._model, self._config = model, config
+        self._precision, self._device = precision, device
         self._eager: Callable[..., Tensor] = forward_loss
+        compiled = config.compile == "on"
         self._call = compiler.compiled(forward_loss, device) if compiled else forward_loss
+
+    @contextlib.contextmanager
+    def micro_batches(self, batch: Batch, size: int, step: int) -> Iterator[Iterator[Batch]]:
+        """Train on the micro-batches, of `size` rows, of a step's batch that is on the device.
+
+        Train mode and deterministic algorithms last as long as the context; the random state and
+        the choice of kernels as long as each micro-batch.
+        """
+
+        def each() -> Generator[Batch]:
+            for part in batch.split(size):
+                # Seeded by global position: dropout is a function of the step, with no state.
+                with (
+                    runtime.seeded(self._device, self._config.seed, step, part.index),
+                    runtime.attention_kernels(self._precision, self._device, part.tokens.shape[1]),
+                ):
+                    yield part
+
+        with (
+            runtime.EXCLUSIVE,
+            runtime.module_modes(self._model, training=True),
+            runtime.deterministic_algorithms(self._config.deterministic == "on"),
+            # Closed here: a generator left in a seeded step would set the random state back later.
+            contextlib.closing(each()) as micro_batches,
+        ):
+            yield micro_batches
+
+    @contextlib.contextmanager
+    def rehearsal(self, batch: Batch, size: int, step: int) -> Iterator[Iterator[Batch]]:
+        """Go through the same, and leave no trace in the model's buffers."""
+        guard = BufferGuard(self._model)
+        buffers = guard.copy()
+        try:
+            with self.micro_batches(batch, size, step) as micro_batches:
+                yield micro_batches
+        finally:
+            guard.restore(buffers)
 
     def __call__(self, batch: Batch, num_tokens: Int[Tensor, ""]) -> Float[Tensor, ""]:
         """Return this micro-batch's share of the loss, connected to the graph."""

@@ -66,11 +66,14 @@ class BufferGuard:
         """Return copies of all of them as they are now."""
         return [self._buffer(slot).clone() for slot in self._slots]
 
-    def restore(self, before: list[Tensor], skipped: Tensor) -> None:
-        """Put them back where the device flag says so, without the host reading it."""
+    def restore(self, before: list[Tensor], skipped: Tensor | None = None) -> None:
+        """Put them back; where there is a device flag, if it says so, without the host reading it.
+
+        Without one nothing is allocated: memory may have ended.
+        """
         for slot, old in zip(self._slots, before, strict=True):
             buffer = self._buffer(slot)
-            buffer.copy_(torch.where(skipped, old, buffer))
+            buffer.copy_(old if skipped is None else torch.where(skipped, old, buffer))
 
     @staticmethod
     def _buffer(slot: tuple[dict[str, Tensor | None], str]) -> Tensor:

@@ -1,10 +1,10 @@
 """The trainer: one step that is right, and the loop around it."""
 
-import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +19,22 @@ from truestep.machine import accelerator_is_full
 from truestep.metrics import StepMetrics
 from truestep.observe.sinks import ConsoleSink, Sink
 from truestep.training.companion import Companion
-from truestep.training.compose import build_optimizer, build_schedule, check_arguments
+from truestep.training.compose import (
+    build_optimizer,
+    build_schedule,
+    check_arguments,
+    resolve_settings,
+)
 from truestep.training.diagnosis import Diagnosis, diagnose
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
-from truestep.training.footprint import micro_batch_that_fits
 from truestep.training.forward import ForwardLoss
 from truestep.training.guard import BufferGuard, NonFiniteError, UpdateGuard
+from truestep.training.micro_batch import largest_divisor, micro_batch_that_fits
 from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
 from truestep.training.probe import ModelFacts, probe
 from truestep.training.readback import Readback
-from truestep.training.schedule import Schedule, resolve_decay_steps
+from truestep.training.schedule import Schedule
 
 _NEVER = 2**62  # steps in a row: a single step halts nothing
 
@@ -48,7 +53,8 @@ class Trainer:
 
     The model may return a tensor, `DeferredLogits`, or an object with `.logits`. `optimizer` and
     `schedule` replace those that `config` names; `companions` are made by `every`; `sinks` receive
-    every record (default: lines on the console). `step` counts the updates so far.
+    every record (default: lines on the console). `step` counts the updates so far; `when_resized`
+    is called before a step for which an accelerator's memory did not suffice is made again.
 
     Errors: ValueError for a model without trainable parameters, or a device that is not there.
     """
@@ -71,9 +77,9 @@ class Trainer:
         self.device = runtime.resolve_device(str(device))
         self.model = model.to(self.device)
         self.precision = runtime.resolve_precision(config.precision, model, self.device)
-        self.config = self._without_auto(config)
-        self.optimizer = optimizer or build_optimizer(model, config)
-        self.schedule = schedule or build_schedule(config)
+        self.config = resolve_settings(config, self.precision, self.device)
+        self.optimizer = optimizer or build_optimizer(model, self.config)
+        self.schedule = schedule or build_schedule(self.config)
         self.companions = companions
         self.sinks: list[Sink] = [ConsoleSink()] if sinks is None else list(sinks)
         self.runs_ahead = self.device.type != "cpu"  # `fit` reads a step while the next one runs
@@ -81,28 +87,19 @@ class Trainer:
         self.stop_reason: str | None = None
         self.facts: ModelFacts | None = None  # what `prepare` learns from the first batch
         self.skipped_in_a_row = 0  # steps up to now whose loss or gradient was not finite
-        self._forward: ForwardLoss | None = None
+        self._forward: ForwardLoss | None = None  # `prepare` makes it
+        self._in_flight: list[_Launched] = []  # by `fit`, up to `_end`
+        self._end = 0
         self._guard = UpdateGuard(_NEVER, 0, self.device)
         self._buffers = BufferGuard(model)
         self.in_step = False  # an exception came out of a step
         self.mid_update = False  # and left the state between two of them
-        self.when_resized: Callable[[], object] = lambda: None  # before a step is made again
+        self.when_resized: Callable[[], object] = lambda: None
         self._stopping = False
         self._steps_taken = 0
         self._clock = 0.0  # when the time that the next record reports began
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-
-    def _without_auto(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the settings in plain values, as far as they can be known before a batch."""
-        resolved = {
-            "precision": self.precision,
-            "deterministic": runtime.resolve_deterministic(config.deterministic, self.device),
-            "decay_steps": resolve_decay_steps(
-                config.decay_steps, config.warmup_steps, config.num_steps
-            ),
-        }
-        return config.model_copy(update=resolved)
 
     def training_step(self, batch: Any) -> StepMetrics:
         """Update the parameters once from `batch`, log the loss, and return the step's metrics.
@@ -119,11 +116,9 @@ class Trainer:
         num_tokens = on_device.num_targets  # of the whole global batch
         loss = torch.zeros((), device=self.device)
         clear_gradients(self.model, self.optimizer)
-        with self._step_state():
-            for micro_batch in on_device.split(self.micro_batch_size(batch)):
-                # Seeded by global position: dropout is a function of the step, with no state.
-                with runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index):
-                    loss = loss + self._forward_backward(micro_batch, num_tokens)
+        with self._micro_batches(on_device) as micro_batches:
+            for micro_batch in micro_batches:
+                loss = loss + self._forward_backward(micro_batch, num_tokens)
             grad_norm = self._clip_gradients()  # measured even when clipping is off
             finite = loss.isfinite() & grad_norm.isfinite()
             self.mid_update = True
@@ -143,7 +138,8 @@ class Trainer:
     def _launch(self, batch: Any) -> _Launched:
         """Make a step, which leaves no trace if it fails before its update.
 
-        Where the memory of an accelerator ends, the step is made again in smaller micro-batches.
+        Where the memory of an accelerator ends, the step is made again in smaller micro-batches,
+        once those before it have been read, logged and found to be finite.
         """
         batch = self._checked(Batch.of(batch))
         self.in_step = True
@@ -154,12 +150,16 @@ class Trainer:
             except BaseException as error:
                 if self.mid_update:
                     raise
-                again = accelerator_is_full(error) and self._resize(batch, error)
-                self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, device=self.device))
+                self._buffers.restore(buffers)
                 clear_gradients(self.model, self.optimizer)
-                if not again:
+                smaller = self._smaller(batch) if accelerator_is_full(error) else 0
+                if not smaller:
                     raise
-                self.when_resized()
+                traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
+                if self.device.type != "cpu":
+                    torch.accelerator.empty_cache()
+                self._land(0)
+                self._resize(batch, smaller)
             else:
                 self.in_step = False
                 return launched
@@ -180,28 +180,25 @@ class Trainer:
             self.stop_reason = None
         self._guard = UpdateGuard(self.config.max_skipped_steps, self.skipped_in_a_row, self.device)
         self._clock = time.perf_counter()
-        in_flight: list[_Launched] = []
+        self._end = end
         try:
             if self.step < end:
                 for batch in batches_from(data, self.step, resumed=resumed):
-                    in_flight.append(self._launch(batch))
-                    due = self._due(self.step, end)
-                    while len(in_flight) > (1 if self.runs_ahead and not due else 0):
-                        self._finish(in_flight.pop(0), end)
+                    self._in_flight.append(self._launch(batch))
+                    self._land(1 if self.runs_ahead and not self._due(self.step) else 0)
                     if self.step >= end or self._stopping:
                         break
-            while in_flight:
-                self._finish(in_flight.pop(0), end)
+            self._land(0)
         except NonFiniteError:
-            in_flight.clear()  # launched after it, and halted: these updated nothing
+            self._in_flight.clear()  # launched after it, and halted: these updated nothing
             raise
         finally:
             self._guard, self._stopping = UpdateGuard(_NEVER, 0, self.device), False
-            for launched in in_flight:  # an exception came between: what was done is still logged
-                metrics, halted = self._report(launched)
+            while self._in_flight:  # an exception came between: what was done is still logged
+                metrics, halted = self._report(self._in_flight.pop(0))
                 if halted:
                     self._rewind(metrics.step - 1)
-                    break
+                    self._in_flight.clear()
 
     def stop(self, reason: str) -> None:
         """End `fit` after the current step; `stop_reason` keeps the reason."""
@@ -229,15 +226,17 @@ class Trainer:
             size = micro_batch_that_fits(self.model, self.optimizer, batch, self.precision)
         resolved = {"compile": "on" if compile_it else "off", "micro_batch_size": size}
         self.config = self.config.model_copy(update=resolved)
-        self._forward = ForwardLoss(self.model, self.precision, self.device, compiled=compile_it)
+        self._forward = ForwardLoss(self.model, self.config, self.precision, self.device)
 
     def token_losses(self, batch: Any) -> Tensor:
         """Return the loss [B, T] of each target, as the next step would compute it from `batch`.
 
         With that step's dropout, but uncompiled; 0 where a target is ignored. Nothing is updated.
         """
-        with self._rehearsal(batch) as rehearsed:
-            return torch.cat([unit.token_losses(part) for unit, part in rehearsed])
+        batch = self._checked(Batch.of(batch)).to(self.device)
+        forward = self._prepared()
+        with forward.rehearsal(batch, self.micro_batch_size(batch), self.step) as micro_batches:
+            return torch.cat([forward.token_losses(part) for part in micro_batches])
 
     def diagnose(self, batch: Any) -> Diagnosis:
         """Return where the first number that is not finite comes from, if the next step has one.
@@ -245,11 +244,12 @@ class Trainer:
         The step is computed once more, uncompiled, which need not give the same bits. Nothing is
         updated.
         """
-        num_tokens = Batch.of(batch).num_targets.to(self.device)
-        with self._rehearsal(batch) as rehearsed:
+        batch = self._checked(Batch.of(batch)).to(self.device)
+        forward, num_tokens = self._prepared(), batch.num_targets
+        with forward.rehearsal(batch, self.micro_batch_size(batch), self.step) as micro_batches:
             return diagnose(
                 self.model,
-                ((part.index, partial(unit.eager, part, num_tokens)) for unit, part in rehearsed),
+                ((part.index, partial(forward.eager, part, num_tokens)) for part in micro_batches),
             )
 
     def _diagnosed(self, batch: Batch) -> Diagnosis:
@@ -269,71 +269,38 @@ class Trainer:
             check_token_ids(batch, self.facts.vocab_size)
         return fit_inputs(batch, self.model)
 
-    @contextlib.contextmanager
-    def _step_state(self) -> Iterator[None]:
-        """Train mode and deterministic algorithms, for this step only."""
-        with (
-            runtime.EXCLUSIVE,
-            runtime.module_modes(self.model, training=True),
-            runtime.deterministic_algorithms(self.config.deterministic == "on"),
-        ):
-            yield
+    def _prepared(self) -> ForwardLoss:
+        assert self._forward is not None
+        return self._forward
 
-    @contextlib.contextmanager
-    def _rehearsal(self, batch: Any) -> Iterator[Iterator[tuple[ForwardLoss, Batch]]]:
-        """Go through the micro-batches of the next step as it would, and leave no trace."""
-        batch = self._checked(Batch.of(batch))
-        buffers = self._buffers.copy()
-
-        def micro_batches() -> Generator[tuple[ForwardLoss, Batch]]:
-            assert self._forward is not None
-            for micro_batch in batch.to(self.device).split(self.micro_batch_size(batch)):
-                with (
-                    runtime.seeded(self.device, self.config.seed, self.step, micro_batch.index),
-                    self._attention(micro_batch),
-                ):
-                    yield self._forward, micro_batch
-
-        try:
-            # Closed here: a generator left in a seeded step would set the random state back later.
-            with self._step_state(), contextlib.closing(micro_batches()) as rehearsed:
-                yield rehearsed
-        finally:
-            self._buffers.restore(buffers, torch.ones((), dtype=torch.bool, device=self.device))
-
-    def _attention(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        return runtime.attention_kernels(self.precision, self.device, batch.tokens.shape[1])
+    def _micro_batches(self, batch: Batch) -> AbstractContextManager[Iterable[Batch]]:
+        return self._prepared().micro_batches(batch, self.micro_batch_size(batch), self.step)
 
     def micro_batch_size(self, batch: Batch) -> int:
         """Return how many rows of a batch one backward pass takes."""
         size = self.config.micro_batch_size
         return len(batch.tokens) if size == "auto" else size
 
-    def _resize(self, batch: Batch, error: BaseException) -> bool:
-        """Halve the micro-batches, at least; False if they have one row. Frees what failed held."""
+    def _smaller(self, batch: Batch) -> int:
+        """Return at most half of the rows that micro-batches have; 0 if they have one."""
         rows = len(batch.tokens)
-        size = min(self.micro_batch_size(batch), rows)
-        smaller = max((n for n in range(1, size // 2 + 1) if rows % n == 0), default=0)
-        if not smaller:
-            return False
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
-        if self.device.type != "cpu":
-            torch.accelerator.empty_cache()
-        self.config = self.config.model_copy(update={"micro_batch_size": smaller})
+        return largest_divisor(rows, min(self.micro_batch_size(batch), rows) // 2)
+
+    def _resize(self, batch: Batch, smaller: int) -> None:
+        """Make micro-batches smaller from this step on, and say so."""
         warnings.warn(
             f"the memory of {self.device} ended in step {self.step + 1} with micro-batches of "
-            f"{size} rows: from here on they have {smaller}; but for dropout, loss and gradient "
-            "stay",
+            f"{self.micro_batch_size(batch)} rows: from here on they have {smaller}; but for "
+            "dropout, loss and gradient stay",
             stacklevel=2,
         )
-        return True
+        self.config = self.config.model_copy(update={"micro_batch_size": smaller})
+        self.when_resized()
 
     def _forward_backward(self, batch: Batch, num_tokens: Tensor) -> Tensor:
         """Add this micro-batch's share of the gradient; return its share of the loss."""
-        assert self._forward is not None
-        with self._attention(batch):
-            loss = self._forward(batch, num_tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._prepared()(batch, num_tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _clip_gradients(self) -> Tensor:
@@ -371,16 +338,21 @@ class Trainer:
         if step:
             set_learning_rates(self.optimizer, self.schedule, step - 1)
 
-    def _due(self, step: int, end: int) -> bool:
-        return any(step % c.interval == 0 or step == end for c in self.companions)
+    def _due(self, step: int) -> bool:
+        return any(step % c.interval == 0 or step == self._end for c in self.companions)
 
-    def _finish(self, launched: _Launched, end: int) -> None:
+    def _land(self, still_in_flight: int) -> None:
+        """Finish the oldest steps of `fit`, until only so many are in flight."""
+        while len(self._in_flight) > still_in_flight:
+            self._finish(self._in_flight.pop(0))
+
+    def _finish(self, launched: _Launched) -> None:
         """Log a step of `fit`, stop at a number that is not finite, and call its companions."""
         metrics, halted = self._report(launched)
         if halted:
             self._rewind(metrics.step - 1)
             raise NonFiniteError(metrics, launched.batch, self._diagnosed(launched.batch))
         for companion in self.companions:
-            if metrics.step % companion.interval == 0 or metrics.step == end:
+            if metrics.step % companion.interval == 0 or metrics.step == self._end:
                 companion.function(self, metrics)
         self._clock = time.perf_counter()  # what companions took is no part of a step

@@ -12,15 +12,17 @@ import torch
 import truestep
 from truestep import runtime
 from truestep.config import GPTConfig, RunConfig
+from truestep.data.bpe import BytePairTokenizer
 from truestep.data.corpus import Say
 from truestep.data.loader import WindowLoader
 from truestep.data.prepare import prepare_once
-from truestep.data.tokenizer import ByteTokenizer, Tokenizer, find_tokenizer
+from truestep.data.tokenizer import DEFINITION, ByteTokenizer, Tokenizer, find_tokenizer
 from truestep.data.tokens import PreparedData, open_prepared
 from truestep.machine import processor_name
 from truestep.model.gpt import GPT
+from truestep.storage import explain
 from truestep.training.trainer import Trainer
-from truestep.workflows.run import RunError
+from truestep.workflows.run import RunError, read_run_config, read_run_facts, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,15 @@ class Training:
         return replace(self, config=self.config.model_copy(update={"run": run}))
 
 
-def build(config: RunConfig, runs: Path, say: Say) -> Training:
+def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None) -> Training:
     """Set this process up and return what a run with these settings trains with, at step 0.
 
-    Its data is prepared once below `runs`, the directory of all runs.
+    Its data is prepared once below `runs`, the directory of all runs; with the tokenizer of the
+    `existing` run, if it goes on.
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
     threads = runtime.configure_process(config.run.threads)
-    data = open_data(config, runs, say)
+    data = open_data(config, runs, say, _own_tokenizer(existing, say) if existing else None)
     config = config.model_copy(
         update={
             "model": _with_vocabulary(config.model, data.tokenizer),
@@ -104,9 +107,21 @@ def _with_vocabulary(shape: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
     return shape
 
 
-def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
-    """Return a run's data, prepared once below the directory of runs.
+def _own_tokenizer(existing: Path, say: Say) -> Tokenizer | None:
+    """Return a run's own tokenizer; none where it is missing or damaged, which is said."""
+    try:
+        return read_tokenizer(existing, read_run_config(existing), read_run_facts(existing))
+    except (ValueError, OSError) as error:
+        say(f"going on without the run's own tokenizer: {explain(error)}")
+        return None
 
+
+def open_data(
+    config: RunConfig, runs: Path, say: Say, own: Tokenizer | None = None
+) -> PreparedData:
+    """Return a run's data, prepared once below the directory of runs; `own` is its tokenizer.
+
+    Without it, or if the settings name another, one is learnt from the text.
     Errors: CorpusError or StorageError for a source that does not serve.
     """
     name, source = config.data.tokenizer, config.data.source
@@ -114,6 +129,7 @@ def open_data(config: RunConfig, runs: Path, say: Say) -> PreparedData:
         source,
         runs / ".data",
         tokenizer=ByteTokenizer() if name == "auto" else find_tokenizer(name),
+        learnt=own if isinstance(own, BytePairTokenizer) and own.name == name else None,
         validation=config.data.validation,
         say=say,
     )
@@ -140,15 +156,23 @@ def require_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
     Errors: RunError naming the source and both fingerprints.
     """
-    for name, what, reason in (
-        ("data_fingerprint", "text", "or a file has another name"),
-        ("tokenizer_fingerprint", "tokenizer", "or its library another version"),
+    for name, what, remedy in (
+        (
+            "data_fingerprint",
+            "is not the text this run began with, or a file has another name",
+            "restore it",
+        ),
+        (
+            "tokenizer_fingerprint",
+            "is not read with the tokenizer this run began with",
+            f"restore {DEFINITION} in the run, or in a prepared source",
+        ),
     ):
         before, after = str(saved.get(name, now[name])), now[name]
         if before != after:
             raise RunError(
-                f"data.source={now['data_source']} is not the {what} this run began with, {reason} "
-                f"(fingerprint {before[:12]}, now {after[:12]}); restore it, or start a new run"
+                f"data.source={now['data_source']} {what} (fingerprint {before[:12]}, now "
+                f"{after[:12]}); {remedy}, or start a new run"
             )
 
 

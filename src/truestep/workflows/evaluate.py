@@ -47,7 +47,7 @@ def evaluate_run(
     tokenizer = trained.tokenizer
     data: Tokens
     if source is None:
-        prepared = open_data(trained.config, directory.parent, say)
+        prepared = open_data(trained.config, directory.parent, say, tokenizer)
         require_same_data(trained.facts, data_facts(trained.config.data.source, prepared))
         data, name = prepared.validation, "its validation text"
     elif is_prepared(source):

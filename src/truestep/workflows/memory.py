@@ -18,7 +18,13 @@ if TYPE_CHECKING:  # an error is explained without waiting for torch
     from truestep.batch import Batch
     from truestep.training.trainer import Trainer
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "cublas_status_alloc_failed",
+)
 
 
 class MemoryExhaustedError(RuntimeError):
@@ -79,7 +85,8 @@ def _advice(
     trainer: "Trainer", batch: "Batch", size: int, room: int | None, directory: Path
 ) -> str:
     """Return what would fit, in figures, and the command to go on with."""
-    from truestep.training.footprint import largest_divisor, needed_bytes
+    from truestep.training.footprint import needed_bytes
+    from truestep.training.micro_batch import largest_that_fits
 
     unknown = "use a smaller training.micro_batch_size or a smaller model"
     if room is None:
@@ -91,7 +98,7 @@ def _advice(
 
     try:
         least = needed(1)
-        fitting = largest_divisor(model, batch, size, room, precision)
+        fitting = largest_that_fits(model, batch, room, precision, limit=size - 1)
     except (RuntimeError, AssertionError):  # a model that does not run on fake tensors
         return unknown
     if not fitting:

@@ -52,6 +52,11 @@ def check_new_run(settings: RunSettings) -> None:
         _check_name(settings.name)
         if (root / settings.name).exists():
             raise _taken(root / settings.name)
+    check_directory(root)
+
+
+def check_directory(root: Path) -> None:
+    """Make the directory of all runs. Errors: RunError for one that cannot be written."""
     try:
         LOCAL.make_directory(root)
         _write_and_forget(root)
@@ -207,14 +212,14 @@ def read_run_config(directory: Path) -> RunConfig:
 def read_tokenizer(directory: Path, config: RunConfig, facts: Mapping[str, Any]) -> Tokenizer:
     """Return a run's tokenizer; `facts` are those of a checkpoint.
 
-    Errors: RunError or StorageError for another than the run began with.
+    Errors: ValueError or StorageError for another than the run began with.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer, directory)
-    saved = str(facts.get("tokenizer_fingerprint", tokenizer.fingerprint))
-    if tokenizer.fingerprint != saved:
+    saved = str(facts["tokenizer_fingerprint"]) if "tokenizer_fingerprint" in facts else None
+    tokenizer = load_tokenizer(config.data.tokenizer, directory, fingerprint=saved)
+    if saved not in {None, tokenizer.fingerprint}:
         raise RunError(
-            f"{directory / DEFINITION} is not the tokenizer this run began with (fingerprint "
-            f"{saved[:12]}, now {tokenizer.fingerprint[:12]}); restore it"
+            f"data.tokenizer={tokenizer.name} is not the tokenizer this run began with; restore "
+            f"{directory / CONFIG}"
         )
     return tokenizer
 
@@ -292,11 +297,20 @@ def write_text(
     """Return what the model writes after `prompt`, or as a document of its own.
 
     In float32: under bfloat16 each token would cast all weights anew, which takes twice as long.
+    A space at the end of the prompt belongs to the token that comes: byte pairs keep it with its
+    word, and after a space by itself a model has never seen one.
     """
     device = next(model.parameters()).device
     if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode():
         raise RunError("the prompt is not UTF-8 text; check the terminal's encoding")
-    ids = tokenizer.encode(prompt) if prompt else [tokenizer.end_of_document]
+    after_space = [
+        number
+        for number in range(tokenizer.vocab_size if prompt.endswith(" ") else 0)
+        if tokenizer.pieces([number])[0].startswith(" ")
+    ]
+    healed = len(after_space) > 1  # bytes have the space alone
+    read = prompt[:-1] if healed else prompt
+    ids = tokenizer.encode(read) if read else [tokenizer.end_of_document]
     written = generate(
         model,
         torch.as_tensor(ids, dtype=torch.long, device=device),
@@ -305,5 +319,7 @@ def write_text(
         top_p=top_p,
         seed=seed,
         stop_token=tokenizer.end_of_document,
+        first_tokens=after_space if healed else None,
     )
-    return tokenizer.decode(list(written))
+    text = tokenizer.decode(list(written))
+    return text[1:] if healed else text

@@ -1,0 +1,77 @@
+"""A plan as a person reads it."""
+
+from collections.abc import Iterator
+
+from truestep.gpus import ASSUMED_UTILIZATION
+from truestep.observe.text import count, format_bytes, format_duration
+from truestep.workflows.plan import Plan
+
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
+    """Yield the plan as a person reads it."""
+    config, found = plan.config, plan.estimate
+    compiled = "compiled" if config.training.compile == "on" else "not compiled"
+    yield f"machine     {plan.machine}, {config.training.precision}, {compiled}"
+    yield f"parameters  {found.num_parameters:,}"
+    tokens = f"{found.tokens_per_step:,} tokens a step"
+    if found.flops_per_token is None:
+        yield f"arithmetic  unknown for this model; {tokens}"
+    else:
+        per_step = found.flops_per_token * found.tokens_per_step
+        yield (
+            f"arithmetic  {_short(found.flops_per_token)}FLOP a token, "
+            f"{_short(per_step)}FLOP a step; {tokens}"
+        )
+    if (memory := found.memory) is not None:
+        yield (
+            f"memory      weights {format_bytes(memory.weights)}, gradients "
+            f"{format_bytes(memory.gradients)}, moments {format_bytes(memory.moments)}, "
+            f"activations {format_bytes(memory.activations)} (logits {format_bytes(memory.logits)})"
+        )
+    if plan.peak_bytes is not None:
+        yield f"            {format_bytes(plan.peak_bytes)} at the peak of the whole process"
+    if found.largest_micro_batch is not None:
+        most = count(found.largest_micro_batch, "window")
+        yield f"            a micro-batch of up to {most} fits; it has {found.micro_batch_size}"
+    utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
+    if plan.computed:
+        yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
+    yield (
+        f"speed       {1e3 * found.step:,.1f} ms a step, {found.tokens_per_second:,.0f} tokens/s"
+        f"{utilization} of {_short(found.peak_flops_per_second)}FLOP/s"
+    )
+    training = config.training
+    if training.schedule != "constant":
+        decay = f", decay {training.decay_steps}" if training.schedule == "wsd" else ""
+        yield f"schedule    {training.schedule}, warm-up {training.warmup_steps}{decay} steps"
+    steps = training.num_steps
+    seconds = plan.seconds(steps)
+    if plan.computed:
+        yield (
+            f"time        {format_duration(seconds)} for {count(steps, 'step')} alone: without "
+            "start, compilation and validation"
+        )
+    else:
+        yield _time(plan, seconds)
+    if price_per_hour is not None:
+        yield f"cost        {seconds / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour"
+
+
+def _time(plan: Plan, seconds: float) -> str:
+    """Return the line that takes a run's time apart."""
+    steps, found = plan.config.training.num_steps, plan.estimate
+    return (
+        f"time        {format_duration(seconds)} for {count(steps, 'step')}: {plan.start:.1f} s to "
+        f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
+        f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way"
+    )
+
+
+def _short(value: float) -> str:
+    """Return a number with three digits and a prefix: 18.1 G."""
+    for size, prefix in _UNITS:
+        if value >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
