@@ -57,6 +57,7 @@ ROWS = [
         (
             "test_kills.py::test_a_run_killed_in_every_phase",
             "test_cli.py::test_a_kill_loses_at_most",
+            "test_changes.py::test_a_kill_while_a_smaller_size",
         ),
     ),
     Row(
@@ -139,10 +140,12 @@ ROWS = [
     ),
     Row(
         "SIGTERM, SIGINT (and SIGHUP)",
-        "finishes the step, saves, prints the command to go on; a second one leaves at once",
+        "finishes the step, saves, prints the command to go on; a second one leaves at once, but not "
+        "the same within a second",
         (
             "test_interruptions.py::test_a_signal_at_any_moment",
             "test_interruptions.py::test_the_command_that_was_printed",
+            "test_interruptions.py::test_the_same_signal_twice",
             "test_interruptions.py::test_a_second_signal_leaves_at_once",
             "test_cli.py::test_a_validation_that_a_signal_cut_off_is_made_up_for",
             "test_cli.py::test_a_terminal_that_is_closed_costs_nothing",
@@ -153,6 +156,7 @@ ROWS = [
         "settings: refused, and found by `verify`; a log that lacks steps: said, found by `verify`",
         (
             "test_faults_settings.py::test_a_changed_or_missing_line_of_the_run_s_own_settings",
+            "test_changes.py::test_another_value_in_the_settings",
             "test_verify.py::test_going_on_after_the_log_lost_steps",
             "test_sinks.py::test_a_log_that_is_gone_from_its_place",
         ),
@@ -164,6 +168,7 @@ ROWS = [
             "test_faults_settings.py::test_a_changed_setting_that_the_bits_depend_on",
             "test_faults_settings.py::test_all_refused_changes",
             "test_replay.py::test_a_run_whose_settings_were_changed",
+            "test_changes.py::test_a_kill_while_a_change",
         ),
     ),
     Row(

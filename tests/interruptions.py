@@ -41,7 +41,14 @@ save_every = 4
 log_every = 1
 sample_tokens = 10
 """
-SLOW = ["--data.batch-size", "200", "--training.micro-batch-size", "1"]  # a step takes seconds
+SLOW = [
+    "--data.batch-size",
+    "4000",
+    "--training.micro-batch-size",
+    "1",
+]  # a step takes many seconds
+TWICE = "twice within milliseconds"
+HEARD = "once more leaves at once"
 
 
 def start(place, arguments, output):
@@ -79,11 +86,12 @@ def wait_for(child, output, condition):
 def moments(place, seed, number, seconds):
     """Yield name and condition of each moment to interrupt at, a fraction of a run or a phase."""
     chosen = random.Random(seed)
-    for _ in range(number - 5):
+    for _ in range(number - 6):
         delay = seconds * chosen.random()
         yield f"after {delay:.2f} s", lambda _, delay=delay: time.monotonic() - STARTED[0] >= delay
     yield "preparing", lambda text: "validation:" in text
     yield "before evaluating", lambda text: re.search("^step 5 ", text, re.MULTILINE)
+    yield TWICE, lambda text: re.search("^step 5 ", text, re.MULTILINE)
     yield "evaluating", lambda text: re.search("^step 6 ", text, re.MULTILINE)
     yield "saving", lambda _: any(place().glob("runs/run/checkpoints/.tmp-step-*"))
     yield "evaluating at the end", lambda text: re.search("^step 16 ", text, re.MULTILINE)
@@ -94,8 +102,7 @@ STARTED = [0.0]
 
 def interrupt(base, seed, number):
     """Interrupt runs at chosen moments and go on with each; return what was found."""
-    for name in ("whole", "second"):
-        make(base / name)
+    make(base / "whole")
     command = ["train", "tiny.toml", "--run.name", "run"]
     began = time.monotonic()
     assert end_of(start(base / "whole", command, base / "whole.txt")) == 0
@@ -108,6 +115,8 @@ def interrupt(base, seed, number):
         child = start(place, command, output)
         sent = wait_for(child, output, condition)
         if sent:
+            os.kill(child, signal_sent)
+        if sent and name == TWICE and wait_for(child, output, lambda text: HEARD in text):
             os.kill(child, signal_sent)
         code, text = end_of(child), output.read_text()
         typed = re.search(r"^  .*\btrain (--resume .*)$", text, re.MULTILINE)
@@ -125,19 +134,27 @@ def interrupt(base, seed, number):
                 "same": resumed == 0 and end_state(place) == end_state(base / "whole"),
             }
         )
-    return [*found, leave_at_once(base / "second", base / "second.txt", [*command, *SLOW])]
+    for name, second, pause in (
+        ("a second later", signal.SIGTERM, 1.2),
+        ("another signal", signal.SIGINT, 0.0),
+    ):
+        place = make(base / name)
+        code, text = leave_at_once(place, [*command, *SLOW], second, pause)
+        found.append({"moment": name, "code": code, "text": text})
+    return found
 
 
-def leave_at_once(place, output, command):
+def leave_at_once(place, command, second, pause):
     """Send a second signal while the step that the first one waits for is computed."""
+    output = place.with_suffix(".txt")
     child = start(place, command, output)
     wait_for(child, output, lambda _: (place / "runs/run/samples.jsonl").exists())
     time.sleep(0.5)  # the display is set up in this time, and the first step begun
     os.kill(child, signal.SIGTERM)
-    wait_for(child, output, lambda text: "once more leaves at once" in text)
-    os.kill(child, signal.SIGTERM)
-    code = end_of(child)
-    return {"moment": "twice", "code": code, "text": output.read_text()}
+    wait_for(child, output, lambda text: HEARD in text)
+    time.sleep(pause)
+    os.kill(child, second)
+    return end_of(child), output.read_text()
 
 
 def make(place):

@@ -199,5 +199,5 @@ def test_the_first_token_is_one_of_those_that_are_allowed():
     then = torch.tensor([*PROMPT.tolist(), first])
     assert [second] == written(model, then, temperature=0.0, max_new_tokens=1)
     for wrong in ([17], [-1], []):
-        with pytest.raises(ValueError, match="must be ids from 0 to 16, one at least"):
+        with pytest.raises(ValueError, match="must be one or more ids, 0 to 16"):
             written(model, first_tokens=wrong)

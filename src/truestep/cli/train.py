@@ -49,7 +49,8 @@ def train(
     allowed = _overridden(override, resume)
     chosen = resolve(explicit, os.environ, config)
 
-    from truestep.workflows.run import RunError, find_run, read_run_config
+    from truestep.workflows.history import settings_now
+    from truestep.workflows.run import RunError, find_run
     from truestep.workflows.train import resume as resume_run
     from truestep.workflows.train import train as train_run
 
@@ -67,7 +68,7 @@ def train(
         say_when_interrupted(f"go on with: {command('train', '--resume', directory)}")
         if explicit.get("run", {}).get("name", directory.name) != directory.name:
             raise RunError(f"run.name cannot change in {directory}; leave it out, or move the run")
-        base = read_run_config(directory).model_dump(mode="json")
+        base = settings_now(directory, say).model_dump(mode="json")
         chosen = resolve(explicit, os.environ, config, base)
         outcome = resume_run(chosen, directory, say, allowed)
     return _conclude(outcome.directory, outcome.step, outcome.stopped_by)

@@ -43,7 +43,7 @@ def generate(
         raise ValueError(f"stop_token={stop_token} must be an id from 0 to {vocab_size - 1}")
     if first_tokens is not None and not all(0 <= t < vocab_size for t in first_tokens or (-1,)):
         raise ValueError(
-            f"first_tokens={list(first_tokens)} must be ids from 0 to {vocab_size - 1}, one at least"
+            f"first_tokens={list(first_tokens)} must be one or more ids, 0 to {vocab_size - 1}"
         )
     generator = torch.Generator().manual_seed(seed)  # on the CPU: one text on every device
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 from truestep.checkpoint.commit import DamagedCheckpointError, list_checkpoints
 from truestep.checkpoint.state import read_facts
 from truestep.config import RunConfig
+from truestep.data.corpus import Say
 from truestep.observe.log import METRICS, read_records
-from truestep.observe.sinks import JsonlSink
 from truestep.settings import Config, ConfigError, Problem, Setting, settings, shown, validate
-from truestep.workflows.run import CHECKPOINTS, RunError, read_run_config
+from truestep.storage import LOCAL, replace_file
+from truestep.workflows.run import CHECKPOINTS, CONFIG, RunError, read_run_config
 
 CHANGES = "changes.jsonl"
 _FACTS = {"config": dict, "data_fingerprint": str, "torch": str, "machine": str}
+
+_Change = tuple[str, str, dict[str, Any]]  # section, name and record
 
 
 def difference(old: Config, new: Config) -> list[tuple[Setting, Any, Any]]:
@@ -62,23 +66,27 @@ def _value(config: Config, name: str) -> Any:
     return config
 
 
-def record_changes(
-    directory: Path, step: int, before: RunConfig, after: RunConfig, *, resuming: bool = True
-) -> None:
-    """Write down, durably, what changes of what is trained after `step`.
+def record_changes(directory: Path, step: int, before: RunConfig, after: RunConfig) -> None:
+    """Write down what changes of what is trained after `step`, durably, all of it or nothing.
 
-    Where a run goes on from `step`, what it had changed from there on before counts no more.
+    Changes of later steps, which a run that goes on from `step` makes again, count from `step` on.
     """
-    changes = trajectory_changes(before, after)
-    if not changes and not (directory / CHANGES).exists():
-        return
-    sink = JsonlSink(directory / CHANGES, from_step=step - 1 if resuming else step)
-    try:
-        for setting, old, new in changes:
-            sink.write({"step": step, "setting": setting.name, "before": old, "after": new})
-        sink.sync()
-    finally:
-        sink.close()
+    path = directory / CHANGES
+    found = [record for _, record in read_records(path)]
+    records = [{**record, "step": min(record["step"], step)} for record in found]
+    records += [
+        {"step": step, "setting": setting.name, "before": old, "after": new}
+        for setting, old, new in trajectory_changes(before, after)
+    ]
+    if records != found:
+        lines = [f"{json.dumps(record, allow_nan=False)}\n" for record in records]
+        replace_file(LOCAL, path, "".join(lines).encode("ascii"))
+
+
+def forget_changes(directory: Path) -> None:
+    """Remove what was changed on the way: a run that begins anew has none."""
+    (directory / CHANGES).unlink(missing_ok=True)
+    LOCAL.sync_directory(directory)
 
 
 def settings_of(checkpoint: Path, facts: Mapping[str, Any]) -> RunConfig:
@@ -100,16 +108,40 @@ def saved_config(directory: Path) -> RunConfig:
     A run without a readable checkpoint has only its `config.toml`.
     Errors: as `config_at`.
     """
-    path = directory / CHANGES
+    return _saved(directory)[0]
+
+
+def settings_now(directory: Path, say: Say) -> RunConfig:
+    """Return the settings in a run's `config.toml`, brought up to date where a kill cut that off.
+
+    A change stands in `changes.jsonl` first. So a setting that still is what it was before one that
+    no checkpoint has yet is taken as changed, which is said; any other difference stays, for
+    `refuse_changes` to find.
+    Errors: as `config_at`.
+    """
+    config, (saved, changes) = read_run_config(directory), _saved(directory)
+    values = config.model_dump(mode="json")
+    for setting, last, found in trajectory_changes(saved, config):
+        section, _, name = setting.name.partition(".")
+        if values[section][name] in [r["before"] for *s, r in changes if s == [section, name]]:
+            values[section][name] = last
+            say(
+                f"{directory / CONFIG} has {setting.name} still as {shown(found)}, but {CHANGES} "
+                f"changed it to {shown(last)}, which is taken"
+            )
+    return validate(RunConfig, {str(directory / CONFIG): values})
+
+
+def _saved(directory: Path) -> tuple[RunConfig, list[_Change]]:
+    """Return the settings a run was last trained with, and the changes that no checkpoint has."""
     for step, checkpoint in reversed(list_checkpoints(directory / CHECKPOINTS)):
         with contextlib.suppress(DamagedCheckpointError):
-            facts = read_facts(checkpoint)
-            values = settings_of(checkpoint, facts).model_dump(mode="json")
-            for section, name, record in _read_changes(path, values):
-                if record["step"] >= step:
-                    values[section][name] = record["after"]
-            return validate(RunConfig, {str(checkpoint): values})
-    return read_run_config(directory)
+            values = settings_of(checkpoint, read_facts(checkpoint)).model_dump(mode="json")
+            since = [c for c in _read_changes(directory / CHANGES, values) if c[2]["step"] >= step]
+            for section, name, record in since:
+                values[section][name] = record["after"]
+            return validate(RunConfig, {str(checkpoint): values}), since
+    return read_run_config(directory), []
 
 
 def config_at(directory: Path, step: int) -> RunConfig:
@@ -125,7 +157,7 @@ def config_at(directory: Path, step: int) -> RunConfig:
     return validate(RunConfig, {f"{path} at step {step}": values})
 
 
-def _read_changes(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _read_changes(path: Path, values: dict[str, Any]) -> Iterator[_Change]:
     """Yield section and name of each changed setting, which `values` must have, and its record."""
     for _, record in read_records(path):
         section, _, name = str(record.get("setting")).partition(".")

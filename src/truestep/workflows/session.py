@@ -119,7 +119,7 @@ class Session:
             self._writer.wait()
         config = before.config.model_copy(update={"training": trainer.config})
         self.training = replace(before, config=config)
-        record_changes(self._directory, trainer.step, before.config, config, resuming=False)
+        record_changes(self._directory, trainer.step, before.config, config)
         write_run_files(self._directory, config, before.facts, before.data.tokenizer)
 
     def validate(self, trainer: Trainer, _: StepMetrics | None = None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,11 @@ from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_data, say_what_changed
 from truestep.workflows.history import (
     count_skipped,
+    forget_changes,
     logged_up_to,
     record_changes,
     refuse_changes,
     saved_config,
-    settings_of,
 )
 from truestep.workflows.memory import memory_explained
 from truestep.workflows.run import (
@@ -44,6 +45,8 @@ from truestep.workflows.run import (
     write_run_files,
 )
 from truestep.workflows.session import Session
+
+_ONE_SIGNAL_SECONDS = 1.0  # the same signal again within these is the same wish, sent twice
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def resume(
 
 def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
     """Train in an existing run's directory, or in a new one."""
-    training = build(config, existing.parent if existing else Path(config.run.directory), say)
+    runs = existing.parent if existing else Path(config.run.directory)
+    training = build(config, runs, say, existing)
     trainer = training.trainer
     with _stopped_by_signals(trainer), contextlib.ExitStack() as stack:
         directory = existing or claim_directory(config.run, config.data.source)
@@ -153,10 +157,9 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
     newest = newest_checkpoint(checkpoints, say)
     if newest is not None:
         saved = load_checkpoint(newest, trainer)
-        before = settings_of(newest, saved)
         require_same_data(saved, facts)
         say_what_changed(saved, facts, say)
-        record_changes(directory, trainer.step, before, training.config)
+        record_changes(directory, trainer.step, saved_config(directory), training.config)
         trainer.skipped_in_a_row = count_skipped(directory, trainer.step)
         say(f"going on from {newest}")
         logged = logged_up_to(directory)
@@ -180,23 +183,36 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
             f"{directory} has no intact checkpoint left to go on from; start a new run, or "
             f"remove {checkpoints} to train this one again from its first step"
         )
-    else:  # it begins anew: what was changed on the way counts no more
-        record_changes(directory, 0, training.config, training.config)
+    else:  # it begins anew
+        forget_changes(directory)
 
 
 @contextlib.contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP end `fit` after its step; a second one leaves at once."""
+    """Let SIGINT, SIGTERM and SIGHUP end `fit` after its step; a second one leaves at once.
+
+    The same one twice within a second counts once: `timeout make train` sends it to the whole
+    process group, and make passes it on; a closed terminal and its shell both hang up.
+    """
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
         numbers.append(signal.SIGHUP)
+    first: float | None = None  # when it came
 
     def stop(number: int, _: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-        trainer.stop(signal.Signals(number).name)
-        with contextlib.suppress(OSError):  # the terminal itself may be what has gone
-            os.write(2, b"\nstopping after this step; once more leaves at once\n")
+        nonlocal first
+        now = time.monotonic()
+        if first is None:
+            first = now  # before all else: the next one may come in between
+            for other in numbers:
+                if other != number:
+                    signal.signal(other, signal.SIG_DFL)
+            trainer.stop(signal.Signals(number).name)
+            with contextlib.suppress(OSError):  # the terminal itself may be what has gone
+                os.write(2, b"\nstopping after this step; once more leaves at once\n")
+        elif now - first > _ONE_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     before = [signal.signal(number, stop) for number in numbers]
     try:

@@ -22,6 +22,7 @@ from truestep.workflows.history import (
     CHANGES,
     config_at,
     saved_config,
+    settings_now,
     settings_of,
     trajectory_changes,
 )
@@ -95,7 +96,8 @@ def _run_checks(run: Path) -> Iterator[Check]:
 
 def _check_settings(run: Path) -> str:
     config_at(run, 1)  # of now, and as they were before every change
-    for setting, saved, now in trajectory_changes(saved_config(run), read_run_config(run)):
+    found = settings_now(run, lambda _: None)  # a change that a kill cut off is no damage
+    for setting, saved, now in trajectory_changes(saved_config(run), found):
         raise StorageError(
             f"{run / CONFIG}: {setting.name} is {shown(now)}, but the run was last saved with "
             f"{shown(saved)}; restore it"
