@@ -4,6 +4,7 @@
 
 Plan and run are processes of their own, one after the other, on the standard library's source. The
 step is the median of the run's log after its first ten; peak memory is what the system says of it.
+What stands in the output is not measured again.
 """
 
 import json
@@ -84,8 +85,11 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=60)
     parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     options = parser.parse_args()
-    results = []
-    for name in options.configs:
+    results: list[dict[str, Any]] = []
+    if options.output is not None and options.output.exists():
+        results = json.loads(options.output.read_text(encoding="utf-8"))["configs"]
+    known = [found["name"] for found in results]
+    for name in (name for name in options.configs if name not in known):
         with tempfile.TemporaryDirectory() as place:
             # Both compile or neither: a run of so few steps would leave it.
             settings = {section: dict(values) for section, values in CONFIGS[name].items()}
@@ -94,7 +98,7 @@ def main() -> None:
             settings["run"] = {"directory": place, "evaluate_every": options.steps // 2}
             config = Path(place, "config.toml")
             config.write_text(tomli_w.dumps(settings), encoding="utf-8")
-            found = {"name": name, "predicted": predicted(config)}
+            found = {"name": name, "steps": options.steps, "predicted": predicted(config)}
             found["seen"] = seen(config, Path(place))
         results.append(found)
         ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]
@@ -105,7 +109,7 @@ def main() -> None:
             f" {ratios[1]:6.2f}",
             flush=True,
         )
-    write(options.output, {"configs": results})
+        write(options.output, {"configs": results})
 
 
 if __name__ == "__main__":
