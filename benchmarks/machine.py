@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -51,9 +52,32 @@ def write(path: Path | None, record: dict[str, Any]) -> None:
         path.write_text(json.dumps({**facts(), **record}, indent=1) + "\n", encoding="utf-8")
 
 
+def earlier(path: Path | None, name: str) -> list[dict[str, Any]]:
+    """Return what stands in the output by now, to go on from there.
+
+    Errors: SystemExit for figures of another machine or another torch.
+    """
+    if path is None or not path.exists():
+        return []
+    record, now = json.loads(path.read_text(encoding="utf-8")), facts()
+    for field in ("machine", "torch"):
+        if record[field] != now[field]:
+            raise SystemExit(
+                f"{path} has figures of {field} {record[field]}, and here it is {now[field]}; give "
+                "another --output"
+            )
+    found: list[dict[str, Any]] = record[name]
+    return found
+
+
+def own_environment() -> dict[str, str]:
+    """Return this process's environment without settings of truestep."""
+    return {name: value for name, value in os.environ.items() if "TRUESTEP" not in name}
+
+
 def facts() -> dict[str, Any]:
     """Return commit, versions and machine."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "commit": commit,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from machine import argument_parser, positive, write
+from machine import argument_parser, earlier, facts, own_environment, positive, write
 from workloads import WORKLOADS
 
 _SKIPPED = 10
@@ -64,14 +64,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def predicted(config: Path) -> dict[str, Any]:
     """Return what the plan says."""
     command = [sys.executable, "-W", "ignore", "-c", _PLAN, str(config)]
-    found: dict[str, Any] = json.loads(subprocess.check_output(command))
+    found: dict[str, Any] = json.loads(subprocess.check_output(command, env=own_environment()))
     return found
 
 
 def seen(config: Path, runs: Path) -> dict[str, Any]:
     """Return what the run shows."""
     command = [sys.executable, "-W", "ignore", "-m", "truestep", "train", str(config)]
-    process = subprocess.Popen([*command, "--run.name", "run"], stdout=subprocess.DEVNULL)
+    command += ["--run.name", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=own_environment())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"the run of {config} failed")
@@ -85,11 +86,9 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=60)
     parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     options = parser.parse_args()
-    results: list[dict[str, Any]] = []
-    if options.output is not None and options.output.exists():
-        results = json.loads(options.output.read_text(encoding="utf-8"))["configs"]
-    known = [found["name"] for found in results]
-    for name in (name for name in options.configs if name not in known):
+    results = earlier(options.output, "configs")
+    known = [(found["name"], found["steps"]) for found in results]
+    for name in (name for name in options.configs if (name, options.steps) not in known):
         with tempfile.TemporaryDirectory() as place:
             # Both compile or neither: a run of so few steps would leave it.
             settings = {section: dict(values) for section, values in CONFIGS[name].items()}
@@ -98,7 +97,8 @@ def main() -> None:
             settings["run"] = {"directory": place, "evaluate_every": options.steps // 2}
             config = Path(place, "config.toml")
             config.write_text(tomli_w.dumps(settings), encoding="utf-8")
-            found = {"name": name, "steps": options.steps, "predicted": predicted(config)}
+            found = {"name": name, "steps": options.steps, "commit": facts()["commit"]}
+            found["predicted"] = predicted(config)
             found["seen"] = seen(config, Path(place))
         results.append(found)
         ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]

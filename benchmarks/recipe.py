@@ -11,7 +11,6 @@ off goes on.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from machine import argument_parser, facts, positive, write
+from machine import argument_parser, earlier, facts, own_environment, positive, write
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 STEPS = 900  # of 3072 tokens, as quickstart.toml has it: what shorter trials prefer loses there
@@ -97,9 +96,8 @@ def trial(settings: Settings, runs: Path) -> dict[str, Any]:
         config = Path(place, "config.toml")
         config.write_text(tomli_w.dumps(merged(settings, {"run": run})), encoding="utf-8")
         command = [sys.executable, "-W", "ignore", "-m", "truestep", "train", str(config)]
-        own = {name: value for name, value in os.environ.items() if "TRUESTEP" not in name}
         began = time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=own)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=own_environment())
         seconds = time.perf_counter() - began
         text = (runs / run["name"] / "metrics.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
@@ -115,6 +113,11 @@ def best(results: list[dict[str, Any]], optimizer: str, count: int) -> list[str]
     """Return the names of the trials with the least bits per byte on seed 0."""
     of_optimizer = [r for r in results if (r["optimizer"], r["seed"]) == (optimizer, 0)]
     return [r["name"] for r in sorted(of_optimizer, key=lambda r: r["bits_per_byte"])[:count]]
+
+
+def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Say whether two trials have one place in the table, whatever their settings."""
+    return all(first[name] == second[name] for name in ("optimizer", "name", "seed", "data"))
 
 
 def wanted(options: argparse.Namespace, results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -145,13 +148,13 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", choices=every, help="only these", metavar="NAME")
     parser.add_argument("--threads", type=positive, help="of a trial; two of one each go faster")
     options = parser.parse_args()
-    results: list[dict[str, Any]] = []
-    if options.output is not None and options.output.exists():
-        results = json.loads(options.output.read_text(encoding="utf-8"))["trials"]
+    results = earlier(options.output, "trials")
     with tempfile.TemporaryDirectory() as runs:
         for key in wanted(options, results):
+            commit = facts()["commit"]
             found = trial(key["settings"], Path(runs))
-            results.append({**key, **found, "commit": facts()["commit"]})
+            results[:] = [result for result in results if not _same(result, key)]
+            results.append({**key, **found, "commit": commit})
             print(
                 f"{key['optimizer']:6} {key['name']:34} seed {key['seed']} "
                 f"{found['bits_per_byte']:.4f} bits per byte {found['step_ms']:8.1f} ms a step "

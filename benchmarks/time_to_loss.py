@@ -13,7 +13,6 @@ stands in the output is not made again.
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import argument_parser, existing, positive, write
+from machine import (
+    argument_parser,
+    earlier,
+    existing,
+    facts,
+    own_environment,
+    positive,
+    write,
+)
 from peers import litgpt_model, nanogpt_model
 from workloads import WORKLOADS, Workload
 
@@ -189,7 +196,7 @@ def in_a_process(options: argparse.Namespace, variant: str, **values: Any) -> di
     for name, value in values.items():
         command += [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = {**own_environment(), "TORCHINDUCTOR_CACHE_DIR": cache}
         output = subprocess.check_output(command, env=environment, text=True)
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return {"variant": variant, **values, **found}
@@ -215,9 +222,8 @@ def main() -> None:
     if options.variant is not None:
         print(json.dumps(trial(options)))
         return
-    results: list[dict[str, Any]] = []
-    if options.output is not None and options.output.exists():
-        results = json.loads(options.output.read_text(encoding="utf-8"))["trials"]
+    results = earlier(options.output, "trials")
+    recipe = TrainingConfig.load(_QUICKSTART).model_dump(mode="json")
     for seed in options.seeds:
         for target, own in zip(options.targets, options.own_steps, strict=True):
             variants = {"truestep": own, "truestep compiled": own}
@@ -226,10 +232,12 @@ def main() -> None:
             variants |= dict.fromkeys(options.peers, 2000)
             for variant, steps in variants.items():
                 key = {"variant": variant, "steps": steps, "target": target, "seed": seed}
+                key["recipe"] = recipe if variant.startswith("truestep") else None
                 if any(key.items() <= result.items() for result in results):
                     continue
+                commit = facts()["commit"]
                 found = in_a_process(options, variant, steps=steps, target=target, seed=seed)
-                results.append(found)
+                results.append({**key, **found, "commit": commit})
                 sign = " " if found["reached"] else ">"
                 print(
                     f"{variant:26} seed {seed} to {target}: {sign}{found['seconds']:6.1f} s, "

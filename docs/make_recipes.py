@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ PLAN_TEXT = """## What a plan predicts, and what the run shows
 
 LOSS_TEXT = """## Time to a loss
 
-`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from before the model is built, compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context, 12 rows. nanoGPT's model, optimizer, schedule and step are its own. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules that reached it:
+`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from before the model is built, compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context, 12 rows. nanoGPT's model, optimizer, schedule and step are its own. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules, by preference one that reached it:
 
 | | to | seconds | steps | factor |
 |---|---|---|---|---|
@@ -102,7 +103,12 @@ def plan() -> str:
 def time_to_loss() -> str:
     """Return the table of seconds to each target."""
     record = load("time-to-loss")
-    trials, rows = record["trials"], ""
+    rows = "".join(rows_of(record["trials"]))
+    return f"\n{LOSS_TEXT.format(machine=record['machine'])}{rows}"
+
+
+def rows_of(trials: list[Any]) -> Iterator[str]:
+    """Yield a row for each target and what reached it, or did not."""
     for target in dict.fromkeys(t["target"] for t in trials):
         here = [t for t in trials if t["target"] == target]
         theirs = [base for base in (_trials(here, v) for v in NANOGPT) if base]
@@ -116,11 +122,10 @@ def time_to_loss() -> str:
                 sign, bound = "", "" if reached else "> "
                 factor = f"{bound}{_seconds(base) / _seconds(own):.1f}" if base else ""
             steps = statistics.median(t["steps_made"] for t in own)
-            rows += (
+            yield (
                 f"| {variant} | {target:g} | {sign}{_seconds(own):,.0f} ({seconds[0]:,.0f} to "
                 f"{seconds[-1]:,.0f}) | {steps:,.0f} | {factor} |\n"
             )
-    return f"\n{LOSS_TEXT.format(machine=record['machine'])}{rows}"
 
 
 def _trials(trials: list[Any], variant: str) -> list[Any]:

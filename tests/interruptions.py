@@ -48,7 +48,7 @@ SLOW = [
     "1",
 ]  # a step takes many seconds
 TWICE = "twice within milliseconds"
-HEARD = "once more leaves at once"
+HEARD = "leaves at once"
 
 
 def start(place, arguments, output):

@@ -15,7 +15,9 @@ from truestep.settings import validate
 from truestep.training.probe import probe
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent.parent / "docs"))
 
+from make_recipes import NANOGPT, rows_of
 from recipe import BASE, CONFIGS, best, merged, wanted
 from workloads import WORKLOADS
 
@@ -31,8 +33,7 @@ def test_the_model_of_a_workload_computes_what_the_formula_says(name):
 
 
 def test_both_optimizers_have_as_many_tries_of_settings_that_exist():
-    muon, adamw = (len(configs) for configs in CONFIGS.values())
-    assert muon == adamw <= 16
+    assert [len(configs) for configs in CONFIGS.values()] == [13, 13]
     base = tomllib.loads(BASE.read_text())
     for optimizer, configs in CONFIGS.items():
         for settings in configs.values():
@@ -64,3 +65,19 @@ def test_a_trial_is_made_again_only_where_its_settings_changed():
 @pytest.mark.parametrize("path", sorted(BASE.parent.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_is_made_of_settings_that_exist(path):
     validate(RunConfig, {str(path): tomllib.loads(path.read_text())})
+
+
+def test_the_factor_over_nanogpt_is_a_bound_where_it_did_not_get_there():
+    def trials(variant, seconds, reached=True):
+        own = {"variant": variant, "target": 1.5, "steps_made": 9, "reached": reached}
+        return [{**own, "seconds": value} for value in seconds]
+
+    first, second = NANOGPT
+    own = trials("truestep", [10, 12, 20])
+    slow = trials(first, [60, 61, 90])
+    bound = trials(second, [100, 100, 100], reached=False)
+    for others, factor in ((slow + bound, "5.1"), (bound, "> 8.3"), ([], "")):
+        (row,) = [r for r in rows_of(own + others) if r.startswith("| truestep |")]
+        assert row == f"| truestep | 1.5 | 12 (10 to 20) | 9 | {factor} |\n"
+    rows = list(rows_of(trials("truestep", [1800], reached=False) + slow))
+    assert rows[0] == "| truestep | 1.5 | > 1,800 (1,800 to 1,800) | 9 |  |\n"

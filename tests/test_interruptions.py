@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,52 @@ def test_the_same_signal_twice_within_a_second_counts_as_one(found):
 
 def test_a_second_signal_leaves_at_once(found):
     later, another = found[-2:]
-    assert later["code"] == -signal.SIGTERM
-    assert another["code"] == -signal.SIGINT
+    assert later["code"] == 128 + signal.SIGTERM
+    assert another["code"] == 128 + signal.SIGINT
     for run in (later, another):
         assert "nothing is lost" not in run["text"]
+
+
+DEAF = """
+import hashlib, sys
+from truestep.workflows.train import _stopped_by_signals
+
+class Trainer:
+    stop_reason = None
+
+    def stop(self, reason):
+        self.stop_reason = reason
+
+trainer = Trainer()
+with _stopped_by_signals(trainer):
+    print("ready", flush=True)
+    # One call of some seconds, in which no handler of Python's can run.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))
+print(trainer.stop_reason)
+"""
+
+
+def deaf(iterations):
+    """Start it and send the same signal twice within milliseconds."""
+    command = [sys.executable, "-c", DEAF, str(iterations)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    return process
+
+
+def test_when_a_signal_came_counts_and_not_when_it_could_be_handled():
+    process = deaf(8_000_000)
+    assert process.communicate(timeout=60)[0] == b"SIGTERM\n"
+    assert process.returncode == 0
+
+
+def test_a_second_signal_leaves_at_once_also_in_the_middle_of_a_long_product():
+    process = deaf(500_000_000)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    process.stdout.close()

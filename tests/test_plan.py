@@ -1,8 +1,10 @@
 """What a run will cost: the figures against what they are made of, and the command."""
 
+import math
 import re
 import tomllib
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from truestep.settings import validate
 from truestep.training.compose import resolve_settings
 from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.training.footprint import bytes_to_come, footprint, needed_bytes, state_bytes
-from truestep.training.micro_batch import largest_micro_batch
+from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
 from truestep.workflows import plan as workflow
 from truestep.workflows.memory import is_out_of_memory
 from truestep.workflows.plan import Plan, filled, plan_on, plan_within
@@ -131,10 +133,10 @@ def test_the_steps_that_fit_keep_the_shape_of_the_schedule(path, minutes):
     plan = replace(planned(), config=asked.model_copy(update={"training": plain}))
     training = filled(plan, 60.0 * minutes, asked.training).config.training
     TrainingConfig.model_validate(training.model_dump())  # `train` takes it
-    share = training.num_steps / asked.training.num_steps
+    share = Fraction(training.num_steps, asked.training.num_steps)
     assert share != 1
-    assert training.warmup_steps == int(share * asked.training.warmup_steps)
-    assert training.decay_steps == pytest.approx(share * plain.decay_steps, abs=1)
+    assert training.warmup_steps == math.floor(share * asked.training.warmup_steps)
+    assert training.decay_steps == math.floor(share * plain.decay_steps)
 
 
 def test_an_automatic_decay_is_that_of_the_new_length():
@@ -311,6 +313,9 @@ def test_a_container_s_limit_counts(tmp_path):
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "100\n")
     write("sys/fs/cgroup/memory/memory.stat", "inactive_file 7\ntotal_inactive_file 50\n")
     assert list(_left_by_groups(tmp_path)) == [2400, 850]
+    write("sys/fs/cgroup/memory/memory.stat", "something else\nand more of it\n")
+    (tmp_path / "sys/fs/cgroup/outer/memory.stat").unlink()
+    assert list(_left_by_groups(tmp_path)) == [2000, 800]  # a limit stays one
 
 
 def test_one_row_that_may_not_fit_is_called_so(monkeypatch):
@@ -327,13 +332,29 @@ def test_a_library_without_room_for_its_workspace_is_an_accelerator_that_is_full
     assert not accelerator_is_full(RuntimeError("CUDA error: device-side assert triggered"))
 
 
+def test_a_batch_that_fits_as_a_whole_and_not_in_parts_is_taken_whole():
+    """A part finds the gradients of those before: where weights are most of it, it takes more."""
+    shape = {"num_layers": 4, "num_heads": 4, "width": 128, "context_length": 8, "vocab_size": 32}
+    heavy, batch = GPT(GPTConfig(**shape)), Batch.of(torch.zeros(8, 9, dtype=torch.long))
+    room = needed_bytes(heavy, batch, 8, "gpu")
+    assert room < needed_bytes(heavy, batch, 1, "gpu")
+    assert largest_that_fits(heavy, batch, room, "gpu", limit=8) == 8
+    assert largest_that_fits(heavy, batch, room, "gpu", limit=7) == 0
+    assert largest_micro_batch(heavy, batch, room, "gpu") == 8
+    trainer = Trainer(heavy, TrainingConfig(precision="float32", compile="off"), sinks=[])
+    state = state_bytes(heavy, trainer.optimizer)
+    gpu = GPU("tight one", 1e12, 2**30 + state.weights + state.moments + room)
+    assert computed_estimate(trainer, batch, gpu).micro_batch_size == 8
+
+
 def test_a_plan_for_a_gpu_keeps_what_was_said():
-    asked = {"compile": "off", "micro_batch_size": 2, "num_steps": 12}
+    asked = {"compile": "off", "micro_batch_size": 2, "num_steps": 10, "schedule": "wsd"}
     config = RunConfig(training=asked, data={"source": "text.txt", "batch_size": 4})
     training = plan_on(config, find_gpu("h100"), print).config.training
     assert (training.compile, training.micro_batch_size, training.precision) == (
         ("off", 2, "bfloat16")
     )
+    assert (training.decay_steps, training.deterministic) == (2, "auto")
     config = RunConfig(training={"precision": "float32"}, data={"source": "text.txt"})
     with pytest.raises(RunError, match="precision=float32, but a data sheet is computed in bfl"):
         plan_on(config, find_gpu("h100"), print)
@@ -371,9 +392,11 @@ def test_what_does_not_fit_on_a_gpu_is_split_or_refused():
     assert found.largest_micro_batch == 3
     assert found.micro_batch_size == 2  # divides the batch
     assert computed_estimate(trainer, batch_at(0), small, 1).micro_batch_size == 1
-    with pytest.raises(ValueError, match=r"4 windows in .* of the small one are left; use at most"):
+    with pytest.raises(ValueError, match=r"size=4 needs .* beside .* small one are left; use 2$"):
         computed_estimate(trainer, batch_at(0), small, 4)
-    with pytest.raises(ValueError, match=r"1 window in .* of the tiny one are left; use a smaller"):
+    with pytest.raises(
+        ValueError, match=r"size=1 needs .* of the tiny one are left; use a smaller"
+    ):
         computed_estimate(trainer, batch_at(0), GPU("tiny one", 1e12, beside))
     trainer = Trainer(ForksOnValues(), TrainingConfig(), sinks=[])
     with pytest.raises(ValueError, match="ForksOnValues does not run on tensors without values"):

@@ -195,25 +195,22 @@ class DataConfig(Config):
     @field_validator("tokenizer")
     @classmethod
     def _check_tokenizer(cls, name: str) -> str:
-        try:
-            if name != "auto":
-                byte_pairs(name)
-        except ValueError as error:
-            raise ValueError(f"{error} or auto") from None
+        if name != "auto":
+            byte_pairs(name, others="auto, bytes")
         return name
 
 
-def byte_pairs(name: str) -> int | None:
+def byte_pairs(name: str, others: str = "bytes") -> int | None:
     """Return the N of a tokenizer `bpe-N`; none for `bytes`.
 
-    Errors: ValueError for another name.
+    Errors: ValueError for another name, with the `others` that are allowed where it stands.
     """
     if name == "bytes":
         return None
     size = re.fullmatch(r"bpe-([1-9][0-9]{2,6})", name)
     if size is None or not _LEAST_BPE <= int(size[1]) <= _MOST_BPE:
         raise ValueError(
-            f"tokenizer={shown(name)} must be bytes or bpe-N, where N is {_LEAST_BPE} to "
+            f"tokenizer={shown(name)} must be {others} or bpe-N, where N is {_LEAST_BPE} to "
             f"{_MOST_BPE} without leading zeros; try bpe-4096"
         )
     return int(size[1])

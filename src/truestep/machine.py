@@ -69,10 +69,16 @@ def _left_by_groups(root: Path) -> Iterator[int]:
         for place in (group, *group.parents[: len(group.parts) - len(top.parts)]):
             with contextlib.suppress(OSError, ValueError):  # not seen from inside, or no limit: max
                 left = int((place / limit).read_text()) - int((place / usage).read_text())
-                rows = (place / "memory.stat").read_text().splitlines()
-                stat = {key: int(value) for key, value in map(str.split, rows)}
-                # Files in the cache count as used, and are given back.
-                yield left + stat.get("total_inactive_file", stat.get("inactive_file", 0))
+                yield left + _cached_bytes(place / "memory.stat")
+
+
+def _cached_bytes(statistics: Path) -> int:
+    """Return what a control group has of files in the cache: they count as used, and can go."""
+    with contextlib.suppress(OSError, ValueError):
+        rows = statistics.read_text(encoding="utf-8").splitlines()
+        stat = dict(row.split() for row in rows)
+        return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+    return 0
 
 
 def accelerator_is_full(error: BaseException) -> bool:

@@ -99,6 +99,10 @@ class BytePairTokenizer:
         """
         return pieces_of(self._bytes(ids))
 
+    def starting_with(self, prefix: bytes) -> list[int]:
+        """Return the ids whose bytes begin so."""
+        return [number for number, part in enumerate(self._parts) if part.startswith(prefix)]
+
     def _bytes(self, ids: ArrayLike) -> list[bytes]:
         return [self._parts[number] for number in checked_ids(ids, self.vocab_size)]
 

@@ -12,13 +12,12 @@ from truestep.batch import Batch
 from truestep.gpus import ASSUMED_UTILIZATION, GPU
 from truestep.machine import free_bytes, measure_peak_flops
 from truestep.metrics import model_flops_utilization
-from truestep.observe.text import count, format_bytes
+from truestep.observe.text import format_bytes
 from truestep.training.footprint import (
     Footprint,
     State,
     bytes_to_come,
     footprint,
-    needed_bytes,
     state_bytes,
 )
 from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
@@ -116,13 +115,10 @@ def computed_estimate(
     room = gpu.memory_bytes - _PROCESS_BYTES - state.weights - state.moments
     try:
         largest = largest_micro_batch(model, batch, room, "gpu")
-        size = (
-            largest_that_fits(model, batch, room, "gpu", limit=len(batch.tokens)) or 1
-            if micro_batch_size == "auto"
-            else min(micro_batch_size, len(batch.tokens))
-        )
+        rows = len(batch.tokens)
+        fitting = largest_that_fits(model, batch, room, "gpu", limit=rows)
+        size = (fitting or 1) if micro_batch_size == "auto" else min(micro_batch_size, rows)
         held = footprint(model, batch, size, "gpu")
-        needed = needed_bytes(model, batch, size, "gpu")
     except (RuntimeError, AssertionError):
         held = None
     if held is None or trainer.facts is None:
@@ -130,11 +126,11 @@ def computed_estimate(
             f"{type(model).__name__} does not run on tensors without values: what it takes cannot "
             "be computed; plan it on the GPU itself"
         )
-    if needed > room:
+    if held.needed > room:
         raise ValueError(
-            f"{count(size, 'window')} in a micro-batch: {format_bytes(needed)} beside weights and "
-            f"moments, and {format_bytes(max(0, room))} of the {gpu.title} are left; use "
-            + (f"at most {largest}" if largest else "a smaller model or context_length")
+            f"training.micro_batch_size={size} needs {format_bytes(held.needed)} beside weights "
+            f"and moments, and {format_bytes(max(0, room))} of the {gpu.title} are left; use "
+            + (str(fitting) if fitting else "a smaller model or a shorter model.context_length")
         )
     tokens, flops = batch.tokens.numel(), trainer.facts.flops_per_token
     step = flops * tokens / (ASSUMED_UTILIZATION * gpu.flops_per_second)

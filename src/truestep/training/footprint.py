@@ -61,6 +61,11 @@ class Footprint(NamedTuple):
     total: int
     logits: int
 
+    @property
+    def needed(self) -> int:
+        """What that takes of the machine, allocators included."""
+        return int(_WASTE * self.total)
+
 
 class State(NamedTuple):
     """Bytes that training holds between steps, or that every step has; `moments` once there are."""
@@ -126,8 +131,8 @@ def _casting(arithmetic: Arithmetic, device: torch.device) -> AbstractContextMan
 
 
 def needed_bytes(model: nn.Module, batch: Batch, size: int, arithmetic: Arithmetic) -> int:
-    """Return what a micro-batch takes of the machine, allocators included. Errors: as above."""
-    return int(_WASTE * footprint(model, batch, size, arithmetic).total)
+    """Return what a micro-batch takes of the machine. Errors: as above."""
+    return footprint(model, batch, size, arithmetic).needed
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:

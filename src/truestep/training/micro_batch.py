@@ -9,7 +9,7 @@ from torch import nn
 
 from truestep.batch import Batch
 from truestep.machine import free_bytes
-from truestep.observe.text import format_bytes
+from truestep.observe.text import count, format_bytes
 from truestep.training.footprint import Arithmetic, bytes_to_come, needed_bytes
 
 
@@ -24,10 +24,12 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def largest_micro_batch(model: nn.Module, batch: Batch, room: int, arithmetic: Arithmetic) -> int:
-    """Return the most rows, to one in fifty, of a micro-batch that takes up to `room` bytes.
+    """Return the most rows, to one in fifty, of a step in one go that takes up to `room` bytes.
 
     0 if not even one does. Errors: as for `footprint`.
     """
+    inputs = {name: value[:1] for name, value in batch.inputs.items()}
+    batch = Batch(batch.tokens[:1], batch.targets[:1], inputs)  # every size is a whole step of it
     low, high = 0, 1
     while (needed := needed_bytes(model, batch, high, arithmetic)) <= room:
         # Nearly proportional: the next guess lies just above what fits.
@@ -46,9 +48,12 @@ def largest_that_fits(
 
     0 if there are none. Errors: as for `footprint`.
     """
-    sizes = divisors(len(batch.tokens), limit)
-    count = bisect_right(sizes, room, key=lambda n: needed_bytes(model, batch, n, arithmetic))
-    return sizes[count - 1] if count else 0
+    rows = len(batch.tokens)
+    if limit >= rows and needed_bytes(model, batch, rows, arithmetic) <= room:
+        return rows  # which may take less than a part of it: that finds gradients there
+    sizes = divisors(rows, min(limit, rows - 1))
+    fitting = bisect_right(sizes, room, key=lambda n: needed_bytes(model, batch, n, arithmetic))
+    return sizes[fitting - 1] if fitting else 0
 
 
 def micro_batch_that_fits(
@@ -70,19 +75,17 @@ def micro_batch_that_fits(
         if needed <= room:
             return "auto"
         size = largest_that_fits(model, batch, room, precision, limit=rows - 1)
-        least = needed if rows == 1 else needed_bytes(model, batch, 1, precision)
+        least = needed_bytes(model, batch, 1, precision)
     except (RuntimeError, AssertionError):  # the model does not run on fake tensors
         return "auto"
     if size:
         split = f"it is split into micro-batches of {size}; but for dropout, loss and gradient stay"
     else:
-        split = (
-            f"even one row needs about {format_bytes(least)} and may not fit; use a smaller model "
-            "or shorter windows"
-        )
+        alone = f"even one row needs about {format_bytes(least)} and" if rows > 1 else "it"
+        split = f"{alone} may not fit; use a smaller model or shorter windows"
     warnings.warn(
-        f"a step of {rows} rows needs about {format_bytes(needed)}, and {format_bytes(room)} are "
-        f"free: {split}",
+        f"a step of {count(rows, 'row')} needs about {format_bytes(needed)}, and "
+        f"{format_bytes(room)} are free: {split}",
         stacklevel=2,
     )
     return size or 1

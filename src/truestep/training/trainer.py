@@ -142,9 +142,9 @@ class Trainer:
         once those before it have been read, logged and found to be finite.
         """
         batch = self._checked(Batch.of(batch))
-        self.in_step = True
         buffers = self._buffers.copy()
         while True:
+            self.in_step = True
             try:
                 launched = self._step(batch, buffers)
             except BaseException as error:
@@ -156,13 +156,14 @@ class Trainer:
                 if not smaller:
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
-                if self.device.type != "cpu":
-                    torch.accelerator.empty_cache()
-                self._land(0)
-                self._resize(batch, smaller)
             else:
                 self.in_step = False
                 return launched
+            self.in_step = False
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+            self._land(0)
+            self._resize(batch, smaller)
 
     def fit(self, data: StepData | Iterable[Any], num_steps: int | None = None) -> None:
         """Train up to step `num_steps` (default: the config's), calling the companions on the way.
@@ -194,11 +195,12 @@ class Trainer:
             raise
         finally:
             self._guard, self._stopping = UpdateGuard(_NEVER, 0, self.device), False
-            while self._in_flight:  # an exception came between: what was done is still logged
-                metrics, halted = self._report(self._in_flight.pop(0))
+            left, self._in_flight = self._in_flight, []
+            for launched in left:  # an exception came between: what was done is still logged
+                metrics, halted = self._report(launched)
                 if halted:
                     self._rewind(metrics.step - 1)
-                    self._in_flight.clear()
+                    break
 
     def stop(self, reason: str) -> None:
         """End `fit` after the current step; `stop_reason` keeps the reason."""

@@ -85,8 +85,9 @@ def record_changes(directory: Path, step: int, before: RunConfig, after: RunConf
 
 def forget_changes(directory: Path) -> None:
     """Remove what was changed on the way: a run that begins anew has none."""
-    (directory / CHANGES).unlink(missing_ok=True)
-    LOCAL.sync_directory(directory)
+    if (directory / CHANGES).exists():
+        LOCAL.remove(directory / CHANGES)
+        LOCAL.sync_directory(directory)
 
 
 def settings_of(checkpoint: Path, facts: Mapping[str, Any]) -> RunConfig:
@@ -123,7 +124,8 @@ def settings_now(directory: Path, say: Say) -> RunConfig:
     values = config.model_dump(mode="json")
     for setting, last, found in trajectory_changes(saved, config):
         section, _, name = setting.name.partition(".")
-        if values[section][name] in [r["before"] for *s, r in changes if s == [section, name]]:
+        earlier = [r["before"] for where, key, r in changes if (where, key) == (section, name)]
+        if values[section][name] in earlier:
             values[section][name] = last
             say(
                 f"{directory / CONFIG} has {setting.name} still as {shown(found)}, but {CHANGES} "

@@ -121,11 +121,12 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
     found = computed_estimate(
         training.trainer, training.loader.batch_at(0), gpu, asked.micro_batch_size
     )
-    there = asked.model_copy(
+    there = training.config.training.model_copy(
         update={
             "compile": "on" if asked.compile == "auto" else asked.compile,
             "micro_batch_size": found.micro_batch_size,
             "precision": "bfloat16",
+            "deterministic": asked.deterministic,  # as the GPU's own auto has it
         }
     )
     memory = found.memory
@@ -185,12 +186,11 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
 
     That is their share of the steps that were `asked` for; a decay of auto is that of the new run.
     """
-    share = num_steps / asked.num_steps
-    warmup_steps = int(share * asked.warmup_steps)
+    warmup_steps = num_steps * asked.warmup_steps // asked.num_steps
     if asked.decay_steps == "auto":
         decay_steps = resolve_decay_steps("auto", warmup_steps, num_steps)
     else:
-        decay_steps = max(1, int(share * asked.decay_steps))
+        decay_steps = max(1, num_steps * asked.decay_steps // asked.num_steps)
     changes = {"num_steps": num_steps, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
     return TrainingConfig.model_validate(plain.model_dump() | changes)
 

@@ -303,13 +303,9 @@ def write_text(
     device = next(model.parameters()).device
     if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode():
         raise RunError("the prompt is not UTF-8 text; check the terminal's encoding")
-    after_space = [
-        number
-        for number in range(tokenizer.vocab_size if prompt.endswith(" ") else 0)
-        if tokenizer.pieces([number])[0].startswith(" ")
-    ]
-    healed = len(after_space) > 1  # bytes have the space alone
-    read = prompt[:-1] if healed else prompt
+    first_tokens, read = None, prompt
+    if isinstance(tokenizer, BytePairTokenizer) and prompt.endswith(" "):
+        first_tokens, read = tokenizer.starting_with(b" "), prompt[:-1]
     ids = tokenizer.encode(read) if read else [tokenizer.end_of_document]
     written = generate(
         model,
@@ -319,7 +315,7 @@ def write_text(
         top_p=top_p,
         seed=seed,
         stop_token=tokenizer.end_of_document,
-        first_tokens=after_space if healed else None,
+        first_tokens=first_tokens,
     )
     text = tokenizer.decode(list(written))
-    return text[1:] if healed else text
+    return text[1:] if first_tokens else text

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -197,26 +198,41 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
         numbers.append(signal.SIGHUP)
-    first: float | None = None  # when it came
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
 
     def stop(number: int, _: object) -> None:
-        nonlocal first
-        now = time.monotonic()
-        if first is None:
-            first = now  # before all else: the next one may come in between
-            for other in numbers:
-                if other != number:
-                    signal.signal(other, signal.SIG_DFL)
+        if trainer.stop_reason is None:
             trainer.stop(signal.Signals(number).name)
             with contextlib.suppress(OSError):  # the terminal itself may be what has gone
-                os.write(2, b"\nstopping after this step; once more leaves at once\n")
-        elif now - first > _ONE_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+                os.write(
+                    2, b"\nstopping after this step; once more, a second later, leaves at once\n"
+                )
 
     before = [signal.signal(number, stop) for number in numbers]
+    before_told = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    # Handlers wait for the main thread to come out of a long product; this thread does not.
+    leaving = threading.Thread(target=_leave_at_the_second, args=(heard, numbers), daemon=True)
+    leaving.start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(before_told)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+        os.close(told)
+        leaving.join()
+        os.close(heard)
+
+
+def _leave_at_the_second(heard: int, numbers: list[signal.Signals]) -> None:
+    """Read signals as they come, and leave at the second, unless it is the first one sent twice."""
+    first, since = None, 0.0
+    while byte := os.read(heard, 1):
+        number, now = byte[0], time.monotonic()
+        if number not in numbers:
+            continue
+        if first is None:
+            first, since = number, now
+        elif number != first or now - since > _ONE_SIGNAL_SECONDS:
+            os._exit(128 + number)
