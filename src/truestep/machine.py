@@ -94,6 +94,10 @@ def peak_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: its ru_maxrss begins with that of the process it was started from
+        lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     try:
         import resource
     except ImportError:  # Windows
