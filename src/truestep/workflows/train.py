@@ -220,16 +220,17 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
         signal.set_wakeup_fd(before_told)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-        os.close(told)
+        os.write(told, bytes(1))  # no signal: the thread ends, whoever else has the pipe
         leaving.join()
+        os.close(told)
         os.close(heard)
 
 
 def _leave_at_the_second(heard: int, numbers: list[signal.Signals]) -> None:
     """Read signals as they come, and leave at the second, unless it is the first one sent twice."""
     first, since = None, 0.0
-    while byte := os.read(heard, 1):
-        number, now = byte[0], time.monotonic()
+    while number := os.read(heard, 1)[0]:
+        now = time.monotonic()
         if number not in numbers:
             continue
         if first is None:
