@@ -168,6 +168,7 @@ def on_a_terminal(command, end):
     ours, theirs = pty.openpty()
 
     def control():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever tests may be under nohup
         os.setsid()
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
