@@ -360,7 +360,7 @@ def test_a_batch_is_split_so_that_it_fits_under_the_same_limit():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "trained with auto\n"), done.stderr
     words = (
-        r"a step of 1024 rows needs about [\d,]+ MiB, and [\d,]+ MiB are free: it is split into "
+        r"a step of 1,024 rows needs about [\d,]+ MiB, and [\d,]+ MiB are free: it is split into "
     )
     assert re.search(words + r"micro-batches of (32|64|128|256|512); but for dropout", done.stderr)
 
