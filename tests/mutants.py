@@ -252,7 +252,7 @@ MUTANTS = [
         "memory ended: a step in flight is not finished before the next is made again",
         "training/trainer.py",
         "            self._land(0)\n            self._resize",
-        "",
+        "            self._resize",
         ("test_accelerator_memory.py",),
     ),
     Mutant(
