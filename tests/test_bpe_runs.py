@@ -203,7 +203,7 @@ def test_a_space_at_the_end_of_a_prompt_belongs_to_the_word_that_comes(capsys, m
         asked.append((tokens.tolist(), options["first_tokens"]))
         return generate(model, tokens, **options)
 
-    monkeypatch.setattr("truestep.workflows.run.generate", look)
+    monkeypatch.setattr("truestep.workflows.trained.generate", look)
     pieces = {}
     for prompt in ("def ", "def", " ", "pass\n    "):
         capsys.readouterr()

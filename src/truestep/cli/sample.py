@@ -46,7 +46,8 @@ def sample(
     from truestep.cli.options import say
     from truestep.config import resolve
     from truestep.observe.text import printable
-    from truestep.workflows.run import find_run, load_trained, write_text
+    from truestep.workflows.run import find_run
+    from truestep.workflows.trained import load_trained, write_text
 
     directory = find_run(run, resolve({}, os.environ).run)
     trained = load_trained(directory, lambda text: print(text, file=sys.stderr), device, checkpoint)

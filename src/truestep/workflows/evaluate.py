@@ -9,13 +9,13 @@ from jaxtyping import Int64
 
 from truestep.data.corpus import Say
 from truestep.data.loader import Tokens, evaluation_batches
-from truestep.data.prepare import readable_documents
+from truestep.data.survey import readable_documents
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import dtype_of, is_prepared, open_prepared
 from truestep.observe.text import count
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.workflows.build import data_facts, open_data, require_same_data
-from truestep.workflows.run import load_trained
+from truestep.workflows.trained import load_trained
 
 
 class _Text:

@@ -22,7 +22,8 @@ from truestep.training.evaluate import Evaluation
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training
 from truestep.workflows.history import record_changes
-from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_run_files, write_text
+from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_run_files
+from truestep.workflows.trained import write_text
 
 
 class Session:
