@@ -51,6 +51,7 @@ _SHARED: dict[str, Settings] = {
     "6 layers": _settings(680, model__num_layers=6),
     "3 layers": _settings(1070, model__num_layers=3),
     "embeddings apart from the head": _settings(model__tie_embeddings=False),
+    "rotary base 500": _settings(model__rope_theta=500.0),
 }
 _ADAMW = {"optimizer": "adamw", "learning_rate": 5e-3}
 

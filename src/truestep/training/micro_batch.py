@@ -30,14 +30,22 @@ def largest_micro_batch(model: nn.Module, batch: Batch, room: int, arithmetic: A
     """
     inputs = {name: value[:1] for name, value in batch.inputs.items()}
     batch = Batch(batch.tokens[:1], batch.targets[:1], inputs)  # every size is a whole step of it
-    low, high = 0, 1
-    while (needed := needed_bytes(model, batch, high, arithmetic)) <= room:
-        # Nearly proportional: the next guess lies just above what fits.
-        low, high = high, max(high + 1, high * room // needed + high // 50)
+
+    def needed(rows: int) -> int:
+        return needed_bytes(model, batch, rows, arithmetic)
+
+    low, least = 1, needed(1)
+    if least > room:
+        return 0
+    high = 2
+    while (most := needed(high)) <= room:
+        # Nearly a straight line: a guess just below where it ends, and one just above.
+        per_row = max(1, (most - least) // (high - low))
+        low, least = high, most
+        high += max(1, high // 50, 99 * (room - most) // (100 * per_row))
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
-        fits = needed_bytes(model, batch, middle, arithmetic) <= room
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if needed(middle) <= room else (low, middle)
     return low
 
 
