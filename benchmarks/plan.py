@@ -8,7 +8,6 @@ What stands in the output is not measured again.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,15 @@ from truestep.config import resolve
 from truestep.workflows.plan import plan
 found = plan(resolve({}, {}, Path(sys.argv[1])), lambda _: None)
 print(json.dumps({"seconds": found.estimate.step, "bytes": found.peak_bytes}))
+"""
+_RUN = """
+import sys
+import torch
+from truestep.cli import main
+from truestep.machine import peak_bytes
+if main(sys.argv[1:]) != 0:
+    raise SystemExit("the run failed")
+print(peak_bytes(torch.device("cpu")))
 """
 
 
@@ -70,15 +78,12 @@ def predicted(config: Path) -> dict[str, Any]:
 
 def seen(config: Path, runs: Path) -> dict[str, Any]:
     """Return what the run shows."""
-    command = [sys.executable, "-W", "ignore", "-m", "truestep", "train", str(config)]
+    command = [sys.executable, "-W", "ignore", "-c", _RUN, "train", str(config)]
     command += ["--run.name", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=own_environment())
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the run of {config} failed")
+    peak = int(subprocess.check_output(command, env=own_environment()).splitlines()[-1])
     lines = (runs / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [r["step_seconds"] for r in map(json.loads, lines) if "step_seconds" in r]
-    return {"seconds": statistics.median(seconds[_SKIPPED:]), "bytes": 1024 * usage.ru_maxrss}
+    return {"seconds": statistics.median(seconds[_SKIPPED:]), "bytes": peak}
 
 
 def main() -> None:

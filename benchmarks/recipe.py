@@ -53,7 +53,7 @@ _SHARED: dict[str, Settings] = {
     "embeddings apart from the head": _settings(model__tie_embeddings=False),
     "rotary base 500": _settings(model__rope_theta=500.0),
 }
-_ADAMW = {"optimizer": "adamw", "learning_rate": 5e-3}
+_ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3}
 
 CONFIGS: dict[str, dict[str, Settings]] = {
     "muon": _SHARED
@@ -62,14 +62,18 @@ CONFIGS: dict[str, dict[str, Settings]] = {
         "embeddings and norms 1.2e-2": _settings(training__learning_rate=1.2e-2),
         "matrices 0.01": _settings(training__muon_learning_rate=0.01),
         "matrices 0.04": _settings(training__muon_learning_rate=0.04),
+        "rotary base 500, 1.2e-2": _settings(
+            model__rope_theta=500.0, training__learning_rate=1.2e-2
+        ),
     },
     "adamw": {
         name: settings | {"training": _ADAMW | settings["training"]}
         for name, settings in (
             _SHARED
             | {
-                "rate 2e-3": _settings(training__learning_rate=2e-3),
-                "rate 1e-2": _settings(training__learning_rate=1e-2),
+                "rate 1e-3": _settings(training__learning_rate=1e-3),
+                "rate 3e-3": _settings(training__learning_rate=3e-3),
+                "rate 5e-3": _settings(training__learning_rate=5e-3),
                 "betas 0.9, 0.99": _settings(training__betas=[0.9, 0.99]),
                 "scaled projections": _settings(model__residual_init="scaled"),
             }

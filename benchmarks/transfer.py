@@ -6,13 +6,13 @@ Each width trains by the recipe of configs/quickstart.toml, on bytes, with both 
 rates multiplied alike. A trial that stands in the output is not made again.
 """
 
-import json
+import itertools
 import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from machine import argument_parser, facts
+from machine import argument_parser, earlier, facts, positive, write
 from recipe import BASE, merged, trial
 
 HEADS = {64: 1, 128: 2, 256: 4}
@@ -35,26 +35,22 @@ def settings(base: dict[str, Any], width: int, factor: float, steps: int) -> dic
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--data", default="stdlib", help="what to train on")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=positive, default=200)
     options = parser.parse_args()
-    results: list[dict[str, Any]] = []
-    if options.output is not None and options.output.exists():
-        results = json.loads(options.output.read_text(encoding="utf-8"))["trials"]
+    results = earlier(options.output, "trials")
     base = tomllib.loads(BASE.read_text(encoding="utf-8"))
     base["data"]["source"] = options.data
     with tempfile.TemporaryDirectory() as runs:
-        for width in HEADS:
-            for factor in FACTORS:
-                run = {"data": options.data, "steps": options.steps}
-                key = {**run, "width": width, "factor": factor}
-                if any(key.items() <= r.items() for r in results):
-                    continue
-                found = trial(settings(base, width, factor, options.steps), Path(runs))
-                results.append({**key, **found})
-                print(f"width {width} x{factor}: {found['bits_per_byte']:.4f}", flush=True)
-                if options.output is not None:
-                    record = {**facts(), "trials": results}
-                    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for width, factor in itertools.product(HEADS, FACTORS):
+            key = {"data": options.data, "steps": options.steps, "width": width, "factor": factor}
+            key["settings"] = settings(base, width, factor, options.steps)
+            if any(key.items() <= result.items() for result in results):
+                continue
+            commit = facts()["commit"]
+            found = trial(key["settings"], Path(runs))
+            results.append({**key, **found, "commit": commit})
+            print(f"width {width} x{factor}: {found['bits_per_byte']:.4f}", flush=True)
+            write(options.output, {"trials": results})
 
 
 if __name__ == "__main__":
