@@ -48,10 +48,12 @@ _SHARED: dict[str, Settings] = {
     "decay over a fifth": _settings(decay=0.2),
     "context 128": _settings(940, model__context_length=128, data__batch_size=24),
     "context 512": _settings(880, model__context_length=512, data__batch_size=6),
+    "4 heads": _settings(840, model__num_heads=4),
     "6 layers": _settings(680, model__num_layers=6),
     "3 layers": _settings(1070, model__num_layers=3),
     "embeddings apart from the head": _settings(model__tie_embeddings=False),
     "rotary base 500": _settings(model__rope_theta=500.0),
+    "rotary base 1,000,000": _settings(model__rope_theta=1e6),
 }
 _ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3}
 
@@ -62,9 +64,6 @@ CONFIGS: dict[str, dict[str, Settings]] = {
         "embeddings and norms 1.2e-2": _settings(training__learning_rate=1.2e-2),
         "matrices 0.01": _settings(training__muon_learning_rate=0.01),
         "matrices 0.04": _settings(training__muon_learning_rate=0.04),
-        "rotary base 500, 1.2e-2": _settings(
-            model__rope_theta=500.0, training__learning_rate=1.2e-2
-        ),
     },
     "adamw": {
         name: settings | {"training": _ADAMW | settings["training"]}
@@ -72,7 +71,6 @@ CONFIGS: dict[str, dict[str, Settings]] = {
             _SHARED
             | {
                 "rate 1e-3": _settings(training__learning_rate=1e-3),
-                "rate 3e-3": _settings(training__learning_rate=3e-3),
                 "rate 5e-3": _settings(training__learning_rate=5e-3),
                 "betas 0.9, 0.99": _settings(training__betas=[0.9, 0.99]),
                 "scaled projections": _settings(model__residual_init="scaled"),
