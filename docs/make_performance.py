@@ -69,6 +69,19 @@ STARTUP_TEXT = """`python benchmarks/startup.py --workloads W1 W2 W3`: seconds o
 | | seconds |
 |---|---|"""
 
+QUICKSTART_TEXT = """`python benchmarks/quickstart.py --caches cold cold cold warm` ({machine}): `make train` but for its installation, each time with text and tokenizer prepared anew, and the compiler's cache empty (cold) or as the run before has left it (warm). Seconds from the start of the process, validation on the way included; bits per byte of the whole validation text.
+
+| cache | first update | last update | ms a step | steps | bits per byte |
+|---|---|---|---|---|---|"""
+
+QUICKSTART_CELLS = (
+    ("first_update", 0),
+    ("last_update", 0),
+    ("step_ms", 0),
+    ("steps", 0),
+    ("bits_per_byte", 4),
+)
+
 FIRST_STEP_HEAD = """The first step, with the compiler's cache empty, and filled by the run before:
 
 | | | seconds to the first step | the step after it |
@@ -282,6 +295,26 @@ def startup() -> str:
     return f"\n## Start-up\n\n{STARTUP_TEXT}\n{rows}\n{FIRST_STEP_HEAD}\n{firsts}"
 
 
+def quickstart() -> str:
+    """Return what `make train` reaches, and when."""
+    record = load("quickstart")
+    text = QUICKSTART_TEXT.format(machine=record["machine"])
+    rows = ""
+    for cache in dict.fromkeys(run["cache"] for run in record["runs"]):
+        runs = [run for run in record["runs"] if run["cache"] == cache]
+        cells = (_spread([run[key] for run in runs], digits) for key, digits in QUICKSTART_CELLS)
+        rows += f"| {cache}, {len(runs)} | {' | '.join(cells)} |\n"
+    return f"\n## make train\n\n{text}\n{rows}"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Return the median, and the least and the most where they differ."""
+    low, middle, high = (
+        f"{value:,.{digits}f}" for value in (min(values), statistics.median(values), max(values))
+    )
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
 def is_measured(name: str) -> bool:
     """Tell whether there are figures to make a section of."""
     return (FIGURES / f"{name}.json").exists()
@@ -310,6 +343,7 @@ def make_performance() -> str:
         "growth": lambda: GROWTH_TEXT,
         "overhead": overhead,
         "startup": startup,
+        "quickstart": quickstart,
     }
     rest = "".join(make() for name, make in sections.items() if is_measured(name))
     return HEAD + figures(records) + tables + rest + FLOAT32 + gains(runs[0]) + KNOWN
