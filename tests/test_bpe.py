@@ -443,3 +443,13 @@ def test_a_text_is_prepared_with_a_tokenizer_that_was_learnt_before(texts, tmp_p
     assert second.fingerprint == with_known.fingerprint
     assert prepare_once(str(texts), **options, learnt=known) == first
     assert prepare_once(str(texts), **options, learnt=second.tokenizer) == second.directory
+
+
+def test_a_piece_has_an_end():
+    """What is learnt from one takes the square of its length, in a library that hears no signal."""
+    long = "x" * 3000 + "-" * 3000 + " " * 3000 + "中" * 3000
+    learnt = BytePairs(600).learn([long])
+    assert learnt.decode(learnt.encode(long)) == long
+    assert (
+        max(len(piece) for piece in learnt.pieces(range(learnt.vocab_size))) == 257
+    )  # with the space before it

@@ -19,7 +19,7 @@ from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
 from truestep.machine import _left_by_groups, accelerator_is_full
 from truestep.settings import validate
 from truestep.training.compose import resolve_settings
-from truestep.training.estimate import Estimate, computed_estimate, estimate
+from truestep.training.estimate import Estimate, _measured, computed_estimate, estimate
 from truestep.training.footprint import bytes_to_come, footprint, needed_bytes, state_bytes
 from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
 from truestep.workflows import plan as workflow
@@ -46,7 +46,7 @@ def batch_at(_):
 
 
 def test_an_estimate_is_made_of_the_models_own_numbers(monkeypatch):
-    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     trainer = Trainer(model(), TrainingConfig(precision="float32", compile="off"), sinks=[])
     found = estimate(trainer, batch_at)
     parameters = 2 * 97 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 88 + 2 * 32) + 32
@@ -76,7 +76,7 @@ class ForksOnValues(torch.nn.Module):
 
 
 def test_a_model_that_cannot_be_looked_at_is_still_timed(monkeypatch):
-    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     found = estimate(Trainer(ForksOnValues(), TrainingConfig(), sinks=[]), batch_at)
     assert found.memory is found.largest_micro_batch is found.flops_per_token is None
     assert found.tokens_per_second > 0
@@ -139,13 +139,18 @@ def test_the_steps_that_fit_keep_the_shape_of_the_schedule(path, minutes):
     assert training.decay_steps == math.floor(share * plain.decay_steps)
 
 
-def test_an_automatic_decay_is_that_of_the_new_length():
+@pytest.mark.parametrize(
+    ("schedule", "decay", "new"), [("wsd", 200, 20), ("constant", "auto", "auto")]
+)
+def test_an_automatic_decay_is_that_of_the_new_length(schedule, decay, new):
+    """Where the schedule has none it stays open: a run that goes on may have another number."""
     plan = planned(num_steps=1000)
-    plain = resolve_settings(plan.config.training, "float32", torch.device("cpu"))
-    assert plain.decay_steps == 200
+    asked = plan.config.training.model_copy(update={"schedule": schedule})
+    plain = resolve_settings(asked, "float32", torch.device("cpu"))
+    assert plain.decay_steps == decay
     plan = replace(plan, config=plan.config.model_copy(update={"training": plain}))
-    training = filled(plan, 65.0, planned().config.training).config.training
-    assert (training.num_steps, training.decay_steps) == (101, 20)
+    training = filled(plan, 65.0, asked).config.training
+    assert (training.num_steps, training.decay_steps) == (101, new)
 
 
 def test_no_step_fits_into_less_than_the_first_takes():
@@ -160,10 +165,10 @@ def test_the_lines_say_time_speed_and_cost():
 
 
 def test_the_command_plans_and_leaves_nothing_but_the_prepared_text(capsys, monkeypatch):
-    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     assert main(["plan", "tiny.toml", "--data", "text.txt", "--out", "plan.toml"]) == 0
     out = capsys.readouterr().out
-    for word in ("parameters  ", "memory  ", "speed  ", "time  ", "12 steps", "fits; it has 3"):
+    for word in ("parameters  ", "memory  ", "speed  ", "time  ", "12 steps", "fit; each has 3"):
         assert word in out
     assert [path.name for path in Path("runs").iterdir()] == [".data"]
     settings = tomllib.loads(Path("plan.toml").read_text())
@@ -196,7 +201,7 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
 
 
 def test_minutes_give_the_steps_that_fit(capsys, monkeypatch):
-    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     command = ["plan", "tiny.toml", "--data", "text.txt", "--minutes", "5", "--out", "plan.toml"]
     assert main(command) == 0
     steps = tomllib.loads(Path("plan.toml").read_text())["training"]["num_steps"]
@@ -221,14 +226,14 @@ def test_where_settings_go_is_refused_before_anything_is_measured(capsys):
 
 
 def test_a_run_that_exists_can_be_planned_again(monkeypatch, capsys):
-    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     Path("runs/mine").mkdir(parents=True)
     assert main(["plan", "tiny.toml", "--data", "text.txt", "--run.name", "mine"]) == 0
     assert list(Path("runs/mine").iterdir()) == []
 
 
 def test_a_validation_on_the_way_is_timed_however_short_the_run(monkeypatch):
-    monkeypatch.setattr("truestep.training.estimate._PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     asked = []
     evaluate = workflow.Session._evaluate
     monkeypatch.setattr(
@@ -427,3 +432,66 @@ def test_the_command_plans_for_a_gpu_and_marks_it_as_computed(capsys):
     assert "gpu='h10' has no data sheet here; did you mean h100?" in capsys.readouterr().err
     assert main([*command, "x"]) == 2
     assert "use one of a100-40gb, a100-80gb, b200" in capsys.readouterr().err
+
+
+class Clocked:
+    """A trainer whose steps take so long for every row, and a tenth of a second beside."""
+
+    def __init__(self, size, seconds):
+        self.size, self.seconds, self.step, self.rows, self.now = size, seconds, 0, [], 0.0
+
+    def micro_batch_size(self, _):
+        return self.size
+
+    def training_step(self, batch):
+        self.rows.append(len(batch.tokens))
+        self.now += len(batch.tokens) * self.seconds + 0.1 + (5.0 if self.step == 0 else 0.0)
+        self.step += 1
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "rows"),
+    [
+        (1, 1, [1, 1] + [4] * 5),  # all four take less than five seconds
+        (1, 2, [1, 1] + [1, 2] * 5),
+        (1, 30, [1, 1, 1, 2]),  # a minute is enough
+        (4, 2, [4] * 7),
+        (4, 30, [4] * 3),
+    ],
+)
+def test_a_long_step_is_put_together_from_one_micro_batch_and_two(monkeypatch, size, seconds, rows):
+    trainer = Clocked(size, seconds)
+    monkeypatch.setattr("truestep.training.estimate.time.perf_counter", lambda: trainer.now)
+    first, step = _measured(trainer, batch_at)
+    assert trainer.rows == rows
+    assert step == pytest.approx(4 * seconds + 0.1)
+    assert first == pytest.approx(step + 5.0)
+
+
+def test_a_plan_refuses_a_name_that_no_run_may_have(capsys):
+    assert main(["plan", "tiny.toml", "--data", "text.txt", "--run.name", "../x"]) != 0
+    assert "run.name='../x' is not a plain name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--price-per-hour"])
+def test_a_plan_refuses_a_number_beyond_all_sense(option, capsys):
+    assert main(["plan", "tiny.toml", "--data", "text.txt", option, "1e300"]) != 0
+    assert option in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
+
+
+def test_a_batch_larger_than_all_memory_is_refused_before_it_is_made(monkeypatch, capsys):
+    monkeypatch.setattr("truestep.workflows.build.free_bytes", lambda _: 2**20)
+    arguments = ["tiny.toml", "--data", "text.txt", "--data.batch-size", "100000"]
+    for name in ("plan", "train"):
+        assert main([name, *arguments]) != 0
+        assert "data.batch_size=100000: tokens and targets of" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_draws_no_weights(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.Tensor, "normal_", refuse)
+    config = RunConfig(data={"source": "text.txt", "batch_size": 4})
+    assert plan_on(config, find_gpu("h100"), print).estimate.num_parameters > 1000

@@ -276,6 +276,9 @@ def test_what_is_no_run_is_told_apart(capsys):
     code, out = replayed(capsys, "runs/text-1/checkpoints/step-1", "--step", "1")
     assert code == 2
     assert "is not a run: it has no config.toml; give runs/text-1" in out.err
+    code, out = replayed(capsys, "text-1", "--step", "1")
+    assert code == 2
+    assert "text-1 is not a run: it has no config.toml; give runs/text-1" in out.err
     assert main(["verify", "runs/text-1/checkpoints"]) == 2
     with pytest.raises(CheckpointError, match="holds checkpoints; give one of them, such as"):
         load_checkpoint(Path("runs/text-1/checkpoints"), None)

@@ -12,12 +12,13 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -36,6 +37,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
     try:
         device = torch.device(name)
+    except RuntimeError:  # a message of thirty names
+        raise ValueError(f"device={name} is none; use cpu, cuda, cuda:0, mps or auto") from None
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -152,6 +156,23 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def uninitialized() -> contextlib.AbstractContextManager[Any]:
+    """Make weights without drawing their values, while it lasts: shapes alone."""
+    return _Uninitialized()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Lets every function of `torch.nn.init` leave its tensor as it comes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
     Errors: ConfigError naming the file, and the place in it.
     """
-    if path.suffix not in {".toml", ".json"}:
+    if path.suffix not in {".toml", ".json"} and not path.is_dir():
         raise _file_error(path, "is neither .toml nor .json; rename it or convert it")
     try:
         status = path.stat()
@@ -137,10 +137,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             raise _file_error(path, f"is larger than {FILE_LIMIT_BYTES} bytes: not a config file")
         text = path.read_text(encoding="utf-8")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise _file_error(path, "does not exist; check the path") from None
     except OSError as error:
         raise _file_error(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise _file_error(path, "is not in UTF-8; save it so") from None
     except (ValueError, RecursionError) as error:
         raise _file_error(path, f"is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(values, dict):

@@ -15,6 +15,7 @@ from truestep.gpus import find_gpu
 from truestep.shell import command
 
 _NO_OPTIONS = RunOptions()
+_MINUTES, _PRICE = Number(lte=5_256_000), Number(lte=1e9)  # ten years; any currency
 
 
 def _finite(_: object, value: float | None) -> None:
@@ -36,10 +37,12 @@ def plan(
     /,
     *,
     data: Annotated[str | None, Parameter(alias="-d")] = None,
-    minutes: Annotated[float | None, Parameter(validator=(Number(gt=0), _finite))] = None,
+    minutes: Annotated[float | None, Parameter(validator=(Number(gt=0), _finite, _MINUTES))] = None,
     gpu: str | None = None,
     out: Annotated[Path | None, Parameter(alias="-o", validator=_new_file)] = None,
-    price_per_hour: Annotated[float | None, Parameter(validator=(Number(gte=0), _finite))] = None,
+    price_per_hour: Annotated[
+        float | None, Parameter(validator=(Number(gte=0), _finite, _PRICE))
+    ] = None,
     options: Annotated[RunOptions, Parameter(name="*", negative_iterable=())] = _NO_OPTIONS,
 ) -> None:
     """Say what a run will cost and whether it fits, from a few steps of it.
@@ -68,8 +71,9 @@ def plan(
     from truestep.workflows.plan import filled, plan_on, plan_within, write_config
     from truestep.workflows.plan import plan as plan_run
     from truestep.workflows.plan_text import lines_of
-    from truestep.workflows.run import check_directory
+    from truestep.workflows.run import check_directory, check_name
 
+    check_name(chosen.run.name)
     check_directory(Path(chosen.run.directory))
     loaded_in = time.perf_counter() - began
     if gpu is not None:

@@ -16,8 +16,9 @@ from truestep.settings import shown
 END_OF_DOCUMENT = "<|endoftext|>"
 DEFINITION_LIMIT_BYTES = 2**26  # a million ids of ordinary text take less
 # A word with its space before it, digits three at a time, signs, or space up to the next word: line
-# ends and indentation are one piece. Radford et al. 2019 (GPT-2), without its English contractions.
-_PIECES = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# ends and indentation are one piece. Radford et al. 2019 (GPT-2), without its English contractions,
+# and of 256 characters at most: what is learnt from one piece takes the square of its length.
+_PIECES = r" ?\p{L}{1,256}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,256}|\s{1,256}(?!\S)|\s{1,256}"
 _RECIPE = f"truestep byte-level BPE 1: {_PIECES}"
 
 

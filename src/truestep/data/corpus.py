@@ -200,14 +200,14 @@ def _documents_below(
                 if name.startswith((".", "_sysconfigdata")):
                     skipped["hidden or generated"] += 1
                 elif suffix not in suffixes or not path.is_file():
-                    skipped[suffix or "no suffix"] += 1
+                    skipped[repr(suffix) if suffix else "no suffix"] += 1
                 else:
                     documents.append(Document(prefix + path.relative_to(root).as_posix(), path))
-    kinds = ", ".join(f"{number} {kind!r}" for kind, number in skipped.most_common(4))
+    kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common(4))
     others = f"; skipped {skipped.total()} of other kinds: {kinds}" if skipped else ""
     places = " and ".join(repr(str(root)) for root in roots.values())
     if not documents:
-        raise CorpusError(f"{source!r} has no text files in {places}{others}")
+        raise CorpusError(f"{source!r} has no text files in {places}{others}; give another")
     say(f"{source}: {count(len(documents), 'file')} in {places}{others}")
     return sorted(documents, key=lambda document: document.name)
 

@@ -23,7 +23,7 @@ from truestep.training.footprint import (
 from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
 from truestep.training.trainer import Trainer
 
-_WARM_UP_STEPS, _LEAST_STEPS, _PROBE_SECONDS = 2, 5, 5.0
+_LEAST_ROUNDS, _LEAST_SECONDS, _MOST_SECONDS = 5, 5.0, 60.0  # after the first two steps
 _PROCESS_BYTES = 2**30  # of a GPU: driver, kernels, the allocator's gaps
 
 
@@ -78,25 +78,52 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     first = batch_at(0)
     trainer.prepare(first)
     largest = _largest_micro_batch(trainer, first)
-    seconds: list[float] = []
-    while len(seconds) < _WARM_UP_STEPS + _LEAST_STEPS or sum(seconds[1:]) < _PROBE_SECONDS:
-        batch = batch_at(len(seconds))
-        start = time.perf_counter()
-        trainer.training_step(batch)
-        seconds.append(time.perf_counter() - start)
+    first_step, step = _measured(trainer, batch_at)
     held = _held(trainer, first)
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     return Estimate(
         num_parameters=sum(p.numel() for p in trainer.model.parameters()),
         flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
         tokens_per_step=first.tokens.numel(),
-        micro_batch_size=trainer.micro_batch_size(first),
+        micro_batch_size=_rows(trainer, first),
         memory=_memory(state_bytes(trainer.model, trainer.optimizer), held) if held else None,
         largest_micro_batch=largest,
-        first_step=seconds[0],
-        step=statistics.median(seconds[_WARM_UP_STEPS:]),
+        first_step=first_step,
+        step=step,
         peak_flops_per_second=measure_peak_flops(trainer.device, dtype),
     )
+
+
+def _measured(trainer: Trainer, batch_at: Callable[[int], Batch]) -> tuple[float, float]:
+    """Return the seconds of the first step, and of those after it.
+
+    A step of many micro-batches that takes long is put together from steps of one and of two.
+    """
+    rows, size = len(batch_at(0).tokens), _rows(trainer, batch_at(0))
+
+    def seconds(num_rows: int) -> float:
+        batch = next(batch_at(trainer.step).split(num_rows))
+        start = time.perf_counter()
+        trainer.training_step(batch)
+        return time.perf_counter() - start
+
+    first, second = seconds(size), seconds(size)
+    if rows <= 2 * size or rows / size * second < _LEAST_SECONDS:
+        step = _medians(lambda: (seconds(rows),))[0]
+    else:
+        one, two = _medians(lambda: (seconds(size), seconds(2 * size)))
+        step = one + (rows / size - 1) * (two - one)
+    return max(first, step + first - second), step
+
+
+def _medians(measure: Callable[[], tuple[float, ...]]) -> list[float]:
+    """Return the median of each of the seconds that are measured together, several times."""
+    rounds: list[tuple[float, ...]] = []
+    spent = 0.0
+    while spent < (_LEAST_SECONDS if len(rounds) >= _LEAST_ROUNDS else _MOST_SECONDS):
+        rounds.append(measure())
+        spent += sum(rounds[-1])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def computed_estimate(
@@ -159,10 +186,14 @@ def _largest_micro_batch(trainer: Trainer, batch: Batch) -> int | None:
         return None
 
 
+def _rows(trainer: Trainer, batch: Batch) -> int:
+    """Return how many rows of a batch one backward pass takes."""
+    return min(len(batch.tokens), trainer.micro_batch_size(batch))
+
+
 def _held(trainer: Trainer, batch: Batch) -> Footprint | None:
     try:
-        size = trainer.micro_batch_size(batch)
-        return footprint(trainer.model, batch, size, trainer.precision)
+        return footprint(trainer.model, batch, _rows(trainer, batch), trainer.precision)
     except (RuntimeError, AssertionError):  # the model does not run on fake tensors
         return None
 

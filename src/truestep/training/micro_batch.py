@@ -87,7 +87,10 @@ def micro_batch_that_fits(
     except (RuntimeError, AssertionError):  # the model does not run on fake tensors
         return "auto"
     if size:
-        split = f"it is split into micro-batches of {size}; but for dropout, loss and gradient stay"
+        split = (
+            f"it is split into micro-batches of {size:,}, which changes neither loss nor gradient, "
+            "only where dropout falls"
+        )
     else:
         alone = f"even one row needs about {format_bytes(least)} and" if rows > 1 else "it"
         split = f"{alone} may not fit; use a smaller model or shorter windows"

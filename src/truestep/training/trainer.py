@@ -292,8 +292,8 @@ class Trainer:
         """Make micro-batches smaller from this step on, and say so."""
         warnings.warn(
             f"the memory of {self.device} ended in step {self.step + 1} with micro-batches of "
-            f"{self.micro_batch_size(batch)} rows: from here on they have {smaller}; but for "
-            "dropout, loss and gradient stay",
+            f"{self.micro_batch_size(batch):,} rows: from here on they have {smaller:,}, which "
+            "changes neither loss nor gradient, only where dropout falls",
             stacklevel=2,
         )
         self.config = self.config.model_copy(update={"micro_batch_size": smaller})

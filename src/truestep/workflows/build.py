@@ -18,8 +18,9 @@ from truestep.data.loader import WindowLoader
 from truestep.data.prepare import prepare_once
 from truestep.data.tokenizer import DEFINITION, ByteTokenizer, Tokenizer, find_tokenizer
 from truestep.data.tokens import PreparedData, open_prepared
-from truestep.machine import processor_name
+from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
+from truestep.observe.text import format_bytes
 from truestep.storage import explain
 from truestep.training.trainer import Trainer
 from truestep.workflows.run import RunError, read_run_config, read_run_facts, read_tokenizer
@@ -62,6 +63,7 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
             "data": config.data.model_copy(update={"tokenizer": data.tokenizer.name}),
         }
     )
+    _require_room_for_a_batch(config)
     loader = WindowLoader(
         data.train,
         context_length=config.model.context_length,
@@ -82,6 +84,17 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
         }
     )
     return Training(config, data, loader, model, trainer, _facts(config, trainer, data))
+
+
+def _require_room_for_a_batch(config: RunConfig) -> None:
+    """Refuse a batch whose numbers alone are more than the memory that is free."""
+    rows, free = config.data.batch_size, free_bytes(torch.device("cpu"))
+    needed = 2 * 8 * rows * config.model.context_length  # tokens and targets
+    if free is not None and needed > free:
+        raise RunError(
+            f"data.batch_size={rows}: tokens and targets of such a batch take "
+            f"{format_bytes(needed)}, and {format_bytes(free)} are free; use a smaller one"
+        )
 
 
 def build_trainer(config: RunConfig) -> tuple[GPT, Trainer]:

@@ -82,9 +82,11 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     runs = Path(config.run.directory)
     open_data(config, runs, say)  # prepared before the clock starts: the run finds it
     began = time.perf_counter()
-    training = build(config, runs, say)
+    training = build(config, runs, _Silent().say)
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
+    compiled = "compiled" if trainer.config.compile == "on" else "not compiled"
+    say(f"measuring a few steps, {compiled}")
     found = estimate(trainer, training.loader.batch_at)
     resolved = training.config.training.model_copy(
         update={"micro_batch_size": found.micro_batch_size}
@@ -115,9 +117,12 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
         }
     )
     cpu = config.run.model_copy(update={"device": "cpu"})
-    training = build(
-        config.model_copy(update={"training": here, "run": cpu}), Path(config.run.directory), say
-    )
+    with runtime.uninitialized():  # no value of a weight matters, and many take long to draw
+        training = build(
+            config.model_copy(update={"training": here, "run": cpu}),
+            Path(config.run.directory),
+            say,
+        )
     found = computed_estimate(
         training.trainer, training.loader.batch_at(0), gpu, asked.micro_batch_size
     )
@@ -153,6 +158,7 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     device = runtime.resolve_device(result.config.run.device)
     if not compiler.resolve_compile("auto", device, flops):
         return result
+    say("compiling may pay in that time")
     other = filled(plan(_compiling(config, "on"), say, loaded_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
         return result
@@ -187,11 +193,11 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
     That is their share of the steps that were `asked` for; a decay of auto is that of the new run.
     """
     warmup_steps = num_steps * asked.warmup_steps // asked.num_steps
-    if asked.decay_steps == "auto":
-        decay_steps = resolve_decay_steps("auto", warmup_steps, num_steps)
-    else:
-        decay_steps = max(1, num_steps * asked.decay_steps // asked.num_steps)
-    changes = {"num_steps": num_steps, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
+    changes = {"num_steps": num_steps, "warmup_steps": warmup_steps}
+    if asked.decay_steps != "auto":
+        changes["decay_steps"] = max(1, num_steps * asked.decay_steps // asked.num_steps)
+    elif asked.schedule == "wsd":
+        changes["decay_steps"] = resolve_decay_steps("auto", warmup_steps, num_steps)
     return TrainingConfig.model_validate(plain.model_dump() | changes)
 
 
@@ -209,5 +215,11 @@ def _seconds_of_validation(training: Training) -> float:
 
 
 def write_config(path: Path, config: RunConfig) -> None:
-    """Write settings to a file that `truestep train` takes."""
-    replace_file(LOCAL, path, tomli_w.dumps(config.model_dump(mode="json")).encode())
+    """Write settings to a file that `truestep train` takes.
+
+    Errors: RunError where it cannot be written.
+    """
+    try:
+        replace_file(LOCAL, path, tomli_w.dumps(config.model_dump(mode="json")).encode())
+    except OSError as error:
+        raise RunError(f"out={path} cannot be written: {error.strerror}; choose another") from None

@@ -31,15 +31,17 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
             f"activations {format_bytes(memory.activations)} (logits {format_bytes(memory.logits)})"
         )
     if plan.peak_bytes is not None:
-        yield f"            {format_bytes(plan.peak_bytes)} at the peak of the whole process"
+        what = "together" if plan.computed else "at the peak of the whole process"
+        yield f"            {format_bytes(plan.peak_bytes)} {what}"
     if found.largest_micro_batch is not None:
         most = count(found.largest_micro_batch, "window")
-        yield f"            a micro-batch of up to {most} fits; it has {found.micro_batch_size}"
+        own = f"each has {found.micro_batch_size:,}"
+        yield f"            micro-batches of up to {most} fit; {own}"
     utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
     if plan.computed:
         yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
     yield (
-        f"speed       {1e3 * found.step:,.1f} ms a step, {found.tokens_per_second:,.0f} tokens/s"
+        f"speed       {_seconds(found.step)} a step, {found.tokens_per_second:,.0f} tokens/s"
         f"{utilization} of {_short(found.peak_flops_per_second)}FLOP/s"
     )
     training = config.training
@@ -67,6 +69,10 @@ def _time(plan: Plan, seconds: float) -> str:
         f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
         f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way"
     )
+
+
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:.1f} ms" if value < 1 else f"{value:,.2f} s"
 
 
 def _short(value: float) -> str:

@@ -38,7 +38,7 @@ def check_new_run(settings: RunSettings) -> None:
     """
     root = Path(settings.directory)
     if settings.name != "auto":
-        _check_name(settings.name)
+        check_name(settings.name)
         if (root / settings.name).exists():
             raise _taken(root / settings.name)
     check_directory(root)
@@ -114,7 +114,8 @@ def _taken(directory: Path) -> RunError:
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain name of a directory. Errors: RunError."""
     if len(name) > _NAME_LIMIT:
         raise RunError(f"run.name has {len(name)} characters; use at most {_NAME_LIMIT}")
     plain = name.isprintable() and Path(name).name == name and "\\" not in name
@@ -135,12 +136,13 @@ def find_run(path: str, settings: RunSettings) -> Path:
         directory = Path(path)
         if not (directory / CONFIG).is_file():
             inside = directory.parent.parent  # of a checkpoint or a bundle
-            remedy = inside if (inside / CONFIG).is_file() else f"a directory below {root}/"
+            known = [place for place in (inside, root / path) if (place / CONFIG).is_file()]
+            remedy = known[0] if known else f"a directory below {root}/"
             raise RunError(f"{directory} is not a run: it has no {CONFIG}; give {remedy}")
         _refuse_what_leads_elsewhere(directory)
         return directory
     if settings.name != "auto":
-        _check_name(settings.name)
+        check_name(settings.name)
         candidates = [root / settings.name]
     else:
         candidates = [p for p in root.glob("*") if not p.name.startswith(".")]
