@@ -75,6 +75,14 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if "TRUESTEP" not in name}
 
 
+def environment_of_cache(cache: Path) -> dict[str, str]:
+    """Return the same where `cache` is all that the compiler remembers: its headers lie in TMPDIR.
+
+    Compiled code lies there as well, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
+    """
+    return own_environment() | {"TMPDIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+
+
 def facts() -> dict[str, Any]:
     """Return commit, versions and machine."""
     git = ["git", "describe", "--always", "--dirty"]

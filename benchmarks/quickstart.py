@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from machine import argument_parser, earlier, existing, facts, own_environment, write
+from machine import argument_parser, earlier, environment_of_cache, existing, facts, write
 from recipe import BASE
 
 _INTERVAL = 0.1  # seconds between two looks at the log
@@ -27,11 +27,10 @@ def measured(config: Path, runs: Path, cache: Path) -> dict[str, Any]:
     """Train once and return what was reached, and when."""
     command = [sys.executable, "-m", "truestep", "train", str(config)]
     command += ["--run.directory", str(runs), "--run.name", "run"]
-    environment = own_environment() | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     steps = tomllib.loads(config.read_text(encoding="utf-8"))["training"]["num_steps"]
     log, updates, first, last = runs / "run" / "metrics.jsonl", 0, 0.0, 0.0
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment_of_cache(cache))
     while process.poll() is None:
         time.sleep(_INTERVAL)
         if updates < steps and log.exists():
@@ -64,6 +63,7 @@ def main() -> None:
         for number, kind in enumerate(options.caches):
             if kind == "cold":
                 shutil.rmtree(cache, ignore_errors=True)
+            cache.mkdir(exist_ok=True)
             runs, commit = Path(place, f"runs-{number}"), facts()["commit"]
             found = measured(options.config, runs, cache)
             results.append({"cache": kind, "settings": settings, **found, "commit": commit})

@@ -9,14 +9,14 @@ the cache that the time before has filled.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-from machine import argument_parser, positive, write
+from machine import argument_parser, environment_of_cache, own_environment, positive, write
 from workloads import WORKLOADS
 
 _COMMANDS = {
@@ -44,7 +44,7 @@ def first_step(name: str, compile_: str) -> None:
 
 def run(arguments: list[str], cache: str | None = None) -> tuple[float, str]:
     """Return how long a Python process took, and the last line it wrote."""
-    environment = os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": cache})
+    environment = own_environment() if cache is None else environment_of_cache(Path(cache))
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],

@@ -25,9 +25,9 @@ import torch
 from machine import (
     argument_parser,
     earlier,
+    environment_of_cache,
     existing,
     facts,
-    own_environment,
     positive,
     write,
 )
@@ -196,7 +196,7 @@ def in_a_process(options: argparse.Namespace, variant: str, **values: Any) -> di
     for name, value in values.items():
         command += [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**own_environment(), "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = environment_of_cache(Path(cache))
         output = subprocess.check_output(command, env=environment, text=True)
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return {"variant": variant, **values, **found}

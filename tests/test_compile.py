@@ -1,10 +1,17 @@
 """The compiled step: it agrees with the eager one, keeps its bits, and falls back by itself."""
 
+import threading
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from truestep import (
+    GPT,
     IGNORE_INDEX,
+    Batch,
     Trainer,
     TrainingConfig,
     compiler,
@@ -12,6 +19,10 @@ from truestep import (
     load_checkpoint,
     save_checkpoint,
 )
+from truestep.config import RunConfig
+from truestep.settings import validate
+from truestep.training.probe import probe
+from truestep.workflows.build import _run_flops
 
 
 def train(model, windows, compile_, evaluate_every=None):
@@ -130,6 +141,52 @@ def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeyp
     assert asked == [{"cpp.vec_isa_ok": True}, {}]
     monkeypatch.setattr(torch, "compile", lambda _, options: compile_(None, {"never": options}))
     assert compile_options(torch.device("cpu")) is None
+
+
+def test_the_compiler_is_tried_beside_the_text_and_waited_for(monkeypatch):
+    began, release, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def asked(_):
+        began.set()
+        release.wait(60)
+        ended.set()
+        raise RuntimeError("said where the result is asked for")
+
+    monkeypatch.setattr(compiler, "compile_options", asked)
+    with compiler.compiling_ahead(True, torch.device("cpu")):
+        assert began.wait(60)
+        assert not ended.is_set()
+        release.set()
+    assert ended.is_set()
+
+
+def test_what_fails_beside_the_compiler_does_not_wait_for_it(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(compiler, "compile_options", lambda _: release.wait(60))
+    with pytest.raises(KeyError), compiler.compiling_ahead(True, torch.device("cpu")):
+        raise KeyError
+    assert not release.is_set()
+    release.set()
+    with compiler.compiling_ahead(False, torch.device("cpu")):
+        assert threading.active_count() >= 1  # nobody was asked: nothing to wait for
+
+
+def test_the_guess_that_a_run_will_be_compiled_is_that_of_its_model():
+    path = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+    config = validate(RunConfig, {str(path): tomllib.loads(path.read_text())})
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        shape = config.model.model_copy(update={"vocab_size": 4096})
+        tokens = torch.zeros(1, shape.context_length, dtype=torch.long)
+        facts = probe(GPT(shape), Batch(tokens, tokens))
+    run_tokens = config.training.num_steps * config.data.batch_size * shape.context_length
+    exact = facts.flops_per_token * run_tokens
+    assert _run_flops(config) == pytest.approx(exact, rel=0.05)
+    assert compiler.worth_compiling("auto", cpu, exact)
+    short = RunConfig(training={"num_steps": 10})
+    assert not compiler.worth_compiling("auto", cpu, _run_flops(short))
+    assert not compiler.worth_compiling("off", cpu, exact)
+    assert compiler.worth_compiling("on", cpu, 0.0)
 
 
 def test_auto_compiles_long_runs_only(bigram, windows):

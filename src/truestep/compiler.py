@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,40 @@ from truestep.compile_cache import discard_cut_libraries
 _FLOPS_WORTH_COMPILING = {"cpu": 2.5e13, "cuda": 1e16}
 
 
-def resolve_compile(
-    setting: Literal["auto", "on", "off"], device: torch.device, run_flops: float
-) -> bool:
-    """Say whether to compile: auto does where a one-line probe compiles and the run is long."""
+Setting = Literal["auto", "on", "off"]
+
+
+def worth_compiling(setting: Setting, device: torch.device, run_flops: float) -> bool:
+    """Say whether to try: auto does where the run is long."""
     if setting == "auto":
-        worth_it = run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf"))
-        return worth_it and compile_options(device) is not None
+        return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf"))
     return setting == "on"
+
+
+def resolve_compile(setting: Setting, device: torch.device, run_flops: float) -> bool:
+    """Say whether to compile: auto does where the run is long and a one-line probe compiles."""
+    worth_it = worth_compiling(setting, device, run_flops)
+    return worth_it and (setting == "on" or compile_options(device) is not None)
+
+
+@contextlib.contextmanager
+def compiling_ahead(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Make the probe beside what the caller does, who waits for it at the end, if it is wanted.
+
+    The first on a machine compiles torch's headers, 8 s on one core, which the other one spends on
+    the text meanwhile.
+    """
+    thread = threading.Thread(target=_try_options, args=(device,), daemon=True)
+    if wanted:
+        thread.start()
+    yield
+    if wanted:
+        thread.join()
+
+
+def _try_options(device: torch.device) -> None:
+    with contextlib.suppress(Exception):  # said where the result is asked for
+        compile_options(device)
 
 
 @functools.cache

