@@ -51,8 +51,8 @@ _SHARED: dict[str, Settings] = {
     "4 heads": _settings(840, model__num_heads=4),
     "6 layers": _settings(680, model__num_layers=6),
     "3 layers": _settings(1070, model__num_layers=3),
+    "2 layers": _settings(1320, model__num_layers=2),
     "embeddings apart from the head": _settings(model__tie_embeddings=False),
-    "rotary base 500": _settings(model__rope_theta=500.0),
     "rotary base 1,000,000": _settings(model__rope_theta=1e6),
 }
 _ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3}
@@ -60,10 +60,10 @@ _ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3}
 CONFIGS: dict[str, dict[str, Settings]] = {
     "muon": _SHARED
     | {
-        "embeddings and norms 3e-3": _settings(training__learning_rate=3e-3),
         "embeddings and norms 1.2e-2": _settings(training__learning_rate=1.2e-2),
         "matrices 0.01": _settings(training__muon_learning_rate=0.01),
         "matrices 0.04": _settings(training__muon_learning_rate=0.04),
+        "rotary base 500": _settings(model__rope_theta=500.0),
     },
     "adamw": {
         name: settings | {"training": _ADAMW | settings["training"]}
