@@ -37,8 +37,8 @@ def measured(config: Path, runs: Path, cache: Path) -> dict[str, Any]:
             updates = log.read_text(encoding="utf-8").count("step_seconds")
             last = time.perf_counter() - began
             first = first or (last if updates else 0.0)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
+    if process.returncode or updates != steps:
+        raise SystemExit(f"{' '.join(command)} failed, or ended before its last step was seen")
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seconds = sorted(r["step_seconds"] for r in records if "step_seconds" in r)
     return {
@@ -56,6 +56,8 @@ def main() -> None:
     caches = ("cold", "warm")
     parser.add_argument("--caches", nargs="+", choices=caches, default=["cold", "warm"])
     options = parser.parse_args()
+    if options.caches[0] == "warm":
+        parser.error("--caches warm first: no run before has filled the cache; begin with cold")
     results = earlier(options.output, "runs")
     settings = tomllib.loads(options.config.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as place:

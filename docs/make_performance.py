@@ -300,8 +300,10 @@ def quickstart() -> str:
     record = load("quickstart")
     text = QUICKSTART_TEXT.format(machine=record["machine"])
     rows = ""
-    for cache in dict.fromkeys(run["cache"] for run in record["runs"]):
-        runs = [run for run in record["runs"] if run["cache"] == cache]
+    newest = record["runs"][-1]["settings"]
+    same = [run for run in record["runs"] if run["settings"] == newest]
+    for cache in dict.fromkeys(run["cache"] for run in same):
+        runs = [run for run in same if run["cache"] == cache]
         cells = (_spread([run[key] for run in runs], digits) for key, digits in QUICKSTART_CELLS)
         rows += f"| {cache}, {len(runs)} | {' | '.join(cells)} |\n"
     return f"\n## make train\n\n{text}\n{rows}"

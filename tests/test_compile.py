@@ -1,6 +1,7 @@
 """The compiled step: it agrees with the eager one, keeps its bits, and falls back by itself."""
 
-import threading
+import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from truestep import (
 from truestep.config import RunConfig
 from truestep.settings import validate
 from truestep.training.probe import probe
-from truestep.workflows.build import _run_flops
+from truestep.workflows.resources import run_flops
 
 
 def train(model, windows, compile_, evaluate_every=None):
@@ -143,50 +144,89 @@ def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeyp
     assert compile_options(torch.device("cpu")) is None
 
 
-def test_the_compiler_is_tried_beside_the_text_and_waited_for(monkeypatch):
-    began, release, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def asked(_):
-        began.set()
-        release.wait(60)
-        ended.set()
-        raise RuntimeError("said where the result is asked for")
-
-    monkeypatch.setattr(compiler, "compile_options", asked)
-    with compiler.compiling_ahead(True, torch.device("cpu")):
-        assert began.wait(60)
-        assert not ended.is_set()
-        release.set()
-    assert ended.is_set()
-
-
-def test_what_fails_beside_the_compiler_does_not_wait_for_it(monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(compiler, "compile_options", lambda _: release.wait(60))
-    with pytest.raises(KeyError), compiler.compiling_ahead(True, torch.device("cpu")):
-        raise KeyError
-    assert not release.is_set()
-    release.set()
-    with compiler.compiling_ahead(False, torch.device("cpu")):
-        assert threading.active_count() >= 1  # nobody was asked: nothing to wait for
+@pytest.fixture
+def headers(tmp_path, monkeypatch):
+    """Let a process of its own write a file where torch keeps its headers, once it is told to."""
+    monkeypatch.setattr(
+        "torch._inductor.runtime.cache_dir_utils.default_cache_dir", lambda: tmp_path
+    )
+    probe = f"""
+import pathlib, time
+place = pathlib.Path({str(tmp_path)!r})
+(place / "began").touch()
+while not (place / "go").exists():
+    time.sleep(0.01)
+(place / "precompiled_headers").mkdir()
+"""
+    monkeypatch.setattr(compiler, "_PROBE", probe)
+    return tmp_path
 
 
-def test_the_guess_that_a_run_will_be_compiled_is_that_of_its_model():
+def appears(path):
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return path.exists()
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="headers are compiled ahead on Linux")
+
+
+@linux
+def test_headers_are_compiled_beside_the_text_and_waited_for_once(headers):
+    with compiler.headers_ahead():
+        assert appears(headers / "began")
+        assert not (headers / "precompiled_headers").exists()
+        (headers / "go").touch()
+    assert (headers / "precompiled_headers").exists()
+    (headers / "began").unlink()
+    with compiler.headers_ahead():
+        pass
+    assert not (headers / "began").exists()
+
+
+@linux
+def test_what_fails_beside_the_headers_ends_their_process(headers):
+    def fails_beside():
+        with compiler.headers_ahead():
+            assert appears(headers / "began")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails_beside()
+    (headers / "go").touch()
+    time.sleep(0.1)
+    assert not (headers / "precompiled_headers").exists()
+
+
+SHAPES = [
+    {},
+    {"vocab_size": 50304},
+    {"mlp_width": 1024},
+    {"num_kv_heads": 1},
+    {"tie_embeddings": False, "width": 64},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_the_arithmetic_of_a_run_is_known_before_its_model(changes):
     path = Path(__file__).parent.parent / "configs" / "quickstart.toml"
     config = validate(RunConfig, {str(path): tomllib.loads(path.read_text())})
-    cpu = torch.device("cpu")
+    config = config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    shape = config.model.model_copy(update={"vocab_size": changes.get("vocab_size", 4096)})
     with FakeTensorMode():
-        shape = config.model.model_copy(update={"vocab_size": 4096})
         tokens = torch.zeros(1, shape.context_length, dtype=torch.long)
         facts = probe(GPT(shape), Batch(tokens, tokens))
     run_tokens = config.training.num_steps * config.data.batch_size * shape.context_length
-    exact = facts.flops_per_token * run_tokens
-    assert _run_flops(config) == pytest.approx(exact, rel=0.05)
-    assert compiler.worth_compiling("auto", cpu, exact)
-    short = RunConfig(training={"num_steps": 10})
-    assert not compiler.worth_compiling("auto", cpu, _run_flops(short))
-    assert not compiler.worth_compiling("off", cpu, exact)
-    assert compiler.worth_compiling("on", cpu, 0.0)
+    assert run_flops(config) == pytest.approx(facts.flops_per_token * run_tokens, rel=0.01)
+
+
+def test_what_is_worth_compiling():
+    cpu = torch.device("cpu")
+    answers = [
+        compiler.worth_compiling(s, cpu, f) for s in ("auto", "on", "off") for f in (1, 1e14)
+    ]
+    assert answers == [False, True, True, True, False, False]
 
 
 def test_auto_compiles_long_runs_only(bigram, windows):

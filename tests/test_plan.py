@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_no_step_fits_into_less_than_the_first_takes():
 def test_the_lines_say_time_speed_and_cost():
     lines = "\n".join(lines_of(planned(), price_per_hour=36.0))
     assert "8:50 for 1,000 steps" in lines  # 3 + 10 + 499.5 + 18
-    assert "500.0 ms a step, 2,000 tokens/s, MFU 12% of 100 GFLOP/s" in lines
+    assert "500 ms a step, 2,000 tokens/s, MFU 12% of 100 GFLOP/s" in lines
     assert "5.30 at 36 an hour" in lines
 
 
@@ -435,37 +436,59 @@ def test_the_command_plans_for_a_gpu_and_marks_it_as_computed(capsys):
 
 
 class Clocked:
-    """A trainer whose steps take so long for every row, and a tenth of a second beside."""
+    """Steps that take so long a row, a tenth of a second beside, and 40 s for a new shape."""
 
     def __init__(self, size, seconds):
         self.size, self.seconds, self.step, self.rows, self.now = size, seconds, 0, [], 0.0
+        self.compiled = set()
 
     def micro_batch_size(self, _):
         return self.size
 
     def training_step(self, batch):
-        self.rows.append(len(batch.tokens))
-        self.now += len(batch.tokens) * self.seconds + 0.1 + (5.0 if self.step == 0 else 0.0)
+        rows = len(batch.tokens)
+        self.rows.append(rows)
+        shapes = {len(part.tokens) for part in batch.split(self.size)}
+        self.now += rows * self.seconds + 0.1 + 40 * len(shapes - self.compiled)
+        self.compiled |= shapes
         self.step += 1
 
 
 @pytest.mark.parametrize(
     ("size", "seconds", "rows"),
     [
-        (1, 1, [1, 1] + [4] * 5),  # all four take less than five seconds
-        (1, 2, [1, 1] + [1, 2] * 5),
-        (1, 30, [1, 1, 1, 2]),  # a minute is enough
-        (4, 2, [4] * 7),
-        (4, 30, [4] * 3),
+        (1, 1, [1, 1] + [12] * 5),  # all twelve take less than 20 s
+        (1, 4, [1, 1] + [1, 4] * 3),  # two rounds are less than a minute
+        (1, 30, [1, 1, 1, 2]),
+        (12, 2, [12] * 5),
+        (12, 30, [12] * 3),
+        (8, 1, [12] * 7),  # eight and four: two shapes to compile
     ],
 )
-def test_a_long_step_is_put_together_from_one_micro_batch_and_two(monkeypatch, size, seconds, rows):
+def test_a_long_step_is_put_together_from_its_micro_batches(monkeypatch, size, seconds, rows):
     trainer = Clocked(size, seconds)
-    monkeypatch.setattr("truestep.training.estimate.time.perf_counter", lambda: trainer.now)
-    first, step = _measured(trainer, batch_at)
+    monkeypatch.setattr(
+        "truestep.training.estimate.time", SimpleNamespace(perf_counter=lambda: trainer.now)
+    )
+    batch = Batch.of(torch.zeros(12, 9, dtype=torch.long))
+    first, step = _measured(trainer, batch, lambda _: batch)
     assert trainer.rows == rows
-    assert step == pytest.approx(4 * seconds + 0.1)
-    assert first == pytest.approx(step + 5.0)
+    assert step == pytest.approx(12 * seconds + 0.1)
+    assert first == pytest.approx(step + 40 * len(trainer.compiled))
+
+
+def test_few_rows_that_take_nothing_beside_the_gradients_mislead_nobody(monkeypatch):
+    """Up to a hundred rows a step takes the same: the line through the first two leads nowhere."""
+    asked = []
+
+    def needed(model, batch, rows, arithmetic):
+        asked.append(rows)
+        return max(10**9, 10**7 * rows) + rows
+
+    monkeypatch.setattr("truestep.training.micro_batch.needed_bytes", needed)
+    assert 4850 <= largest_micro_batch(model(), batch_at(0), 5 * 10**10, "gpu") <= 5000
+    assert max(asked) <= 1.03 * 5000
+    assert len(asked) <= 10
 
 
 def test_a_plan_refuses_a_name_that_no_run_may_have(capsys):

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
+import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,42 +16,46 @@ from truestep.compile_cache import discard_cut_libraries
 # Arithmetic that earns back a cold compile, of 37 to 50 s on two CPU cores: 1000 steps of W3 are
 # 2e13 (with 4096 ids, 530 are 1.5e13), 250 of W1 and 290 of W2 are 6e13 to 7e13.
 _FLOPS_WORTH_COMPILING = {"cpu": 2.5e13, "cuda": 1e16}
+_PROBE = """
+import torch
+from truestep.compiler import compile_options
+compile_options(torch.device("cpu"))
+"""
+CompileSetting = Literal["auto", "on", "off"]
 
 
-Setting = Literal["auto", "on", "off"]
-
-
-def worth_compiling(setting: Setting, device: torch.device, run_flops: float) -> bool:
+def worth_compiling(setting: CompileSetting, device: torch.device, run_flops: float) -> bool:
     """Say whether to try: auto does where the run is long."""
     if setting == "auto":
         return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf"))
     return setting == "on"
 
 
-def resolve_compile(setting: Setting, device: torch.device, run_flops: float) -> bool:
+def resolve_compile(setting: CompileSetting, device: torch.device, run_flops: float) -> bool:
     """Say whether to compile: auto does where the run is long and a one-line probe compiles."""
     worth_it = worth_compiling(setting, device, run_flops)
     return worth_it and (setting == "on" or compile_options(device) is not None)
 
 
 @contextlib.contextmanager
-def compiling_ahead(wanted: bool, device: torch.device) -> Iterator[None]:
-    """Make the probe beside what the caller does, who waits for it at the end, if it is wanted.
+def headers_ahead() -> Iterator[None]:
+    """Compile torch's headers in a process beside what the caller does; wait for it at the end.
 
-    The first on a machine compiles torch's headers, 8 s on one core, which the other one spends on
-    the text meanwhile.
+    Once on a machine they take 8 s of one core, of which preparing text leaves one free.
     """
-    thread = threading.Thread(target=_try_options, args=(device,), daemon=True)
-    if wanted:
-        thread.start()
-    yield
-    if wanted:
-        thread.join()
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-
-def _try_options(device: torch.device) -> None:
-    with contextlib.suppress(Exception):  # said where the result is asked for
-        compile_options(device)
+    if sys.platform != "linux" or Path(default_cache_dir(), "precompiled_headers").is_dir():
+        yield
+        return
+    command = [sys.executable, "-W", "ignore", "-c", _PROBE]
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere) as process:
+        try:
+            yield
+        except BaseException:
+            process.terminate()  # the compiler it has started ends its file by itself
+            raise
 
 
 @functools.cache

@@ -38,7 +38,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:  # a message of thirty names
-        raise ValueError(f"device={name} is none; use cpu, cuda, cuda:0, mps or auto") from None
+        raise ValueError(
+            f"device={name} names no device; use cpu, cuda, cuda:0, mps or auto"
+        ) from None
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -159,12 +161,12 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def uninitialized() -> contextlib.AbstractContextManager[Any]:
-    """Make weights without drawing their values, while it lasts: shapes alone."""
+    """While it lasts, `torch.nn.init.normal_`, and what else can be overridden, draw nothing."""
     return _Uninitialized()
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Lets every function of `torch.nn.init` leave its tensor as it comes."""
+    """Leaves a tensor as it comes where a function of `torch.nn.init` asks."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

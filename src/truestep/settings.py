@@ -127,9 +127,9 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
     Errors: ConfigError naming the file, and the place in it.
     """
-    if path.suffix not in {".toml", ".json"} and not path.is_dir():
-        raise _file_error(path, "is neither .toml nor .json; rename it or convert it")
     try:
+        if path.suffix not in {".toml", ".json"} and not path.is_dir():
+            raise _file_error(path, "is neither .toml nor .json; rename it or convert it")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would wait, a device never end
             raise _file_error(path, "is not a file; give a file of settings")

@@ -24,6 +24,7 @@ from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
 from truestep.training.trainer import Trainer
 
 _LEAST_ROUNDS, _LEAST_SECONDS, _MOST_SECONDS = 5, 5.0, 60.0  # after the first two steps
+_PART_SECONDS = 20.0  # up to there a step is measured as a whole
 _PROCESS_BYTES = 2**30  # of a GPU: driver, kernels, the allocator's gaps
 
 
@@ -78,7 +79,7 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     first = batch_at(0)
     trainer.prepare(first)
     largest = _largest_micro_batch(trainer, first)
-    first_step, step = _measured(trainer, batch_at)
+    first_step, step = _measured(trainer, first, batch_at)
     held = _held(trainer, first)
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     return Estimate(
@@ -94,12 +95,15 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     )
 
 
-def _measured(trainer: Trainer, batch_at: Callable[[int], Batch]) -> tuple[float, float]:
+def _measured(
+    trainer: Trainer, first: Batch, batch_at: Callable[[int], Batch]
+) -> tuple[float, float]:
     """Return the seconds of the first step, and of those after it.
 
-    A step of many micro-batches that takes long is put together from steps of one and of two.
+    A step of many micro-batches that takes long is put together from steps of one and of several.
     """
-    rows, size = len(batch_at(0).tokens), _rows(trainer, batch_at(0))
+    rows, size = len(first.tokens), _rows(trainer, first)
+    size = size if rows % size == 0 else rows  # the last of them has a shape of its own
 
     def seconds(num_rows: int) -> float:
         batch = next(batch_at(trainer.step).split(num_rows))
@@ -107,13 +111,15 @@ def _measured(trainer: Trainer, batch_at: Callable[[int], Batch]) -> tuple[float
         trainer.training_step(batch)
         return time.perf_counter() - start
 
-    first, second = seconds(size), seconds(size)
-    if rows <= 2 * size or rows / size * second < _LEAST_SECONDS:
+    beginning, second = seconds(size), seconds(size)
+    parts = rows // size
+    several = min(parts, max(2, int(_PART_SECONDS / second)))
+    if several >= parts:
         step = _medians(lambda: (seconds(rows),))[0]
     else:
-        one, two = _medians(lambda: (seconds(size), seconds(2 * size)))
-        step = one + (rows / size - 1) * (two - one)
-    return max(first, step + first - second), step
+        one, more = _medians(lambda: (seconds(size), seconds(several * size)))
+        step = max(more, one + (parts - 1) * (more - one) / (several - 1))
+    return max(beginning, step + beginning - second), step
 
 
 def _medians(measure: Callable[[], tuple[float, ...]]) -> list[float]:

@@ -39,10 +39,12 @@ def largest_micro_batch(model: nn.Module, batch: Batch, room: int, arithmetic: A
         return 0
     high = 2
     while (most := needed(high)) <= room:
-        # Nearly a straight line: a guess just below where it ends, and one just above.
+        # Nearly a straight line: a guess just below where it ends, and one just above. Few rows may
+        # take nothing beside the gradients: a guess is never beyond proportion, which is too low.
         per_row = max(1, (most - least) // (high - low))
         low, least = high, most
-        high += max(1, high // 50, 99 * (room - most) // (100 * per_row))
+        linear = 99 * (room - most) // (100 * per_row)
+        high += max(1, high // 50, min(linear, high * (room - most) // most))
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
         low, high = (middle, high) if needed(middle) <= room else (low, middle)

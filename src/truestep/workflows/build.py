@@ -1,5 +1,6 @@
 """From the settings of a run to what it trains with: data, batches, model, trainer."""
 
+import contextlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
 from truestep.storage import explain
 from truestep.training.trainer import Trainer
+from truestep.workflows.resources import run_flops
 from truestep.workflows.run import RunError, read_run_config, read_run_facts, read_tokenizer
 
 
@@ -55,10 +57,13 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
     `existing` run, if it goes on.
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
+    _require_room_for_a_batch(config)
     threads = runtime.configure_process(config.run.threads)
     device = runtime.resolve_device(config.run.device)
-    may_compile = compiler.worth_compiling(config.training.compile, device, _run_flops(config))
-    with compiler.compiling_ahead(may_compile, device):
+    will_compile = device.type == "cpu" and compiler.worth_compiling(
+        config.training.compile, device, run_flops(config)
+    )
+    with compiler.headers_ahead() if will_compile else contextlib.nullcontext():
         data = open_data(config, runs, say, _own_tokenizer(existing, say) if existing else None)
     config = config.model_copy(
         update={
@@ -66,7 +71,6 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
             "data": config.data.model_copy(update={"tokenizer": data.tokenizer.name}),
         }
     )
-    _require_room_for_a_batch(config)
     loader = WindowLoader(
         data.train,
         context_length=config.model.context_length,
@@ -88,24 +92,15 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
     return Training(config, data, loader, model, trainer, _facts(config, trainer, data))
 
 
-def _run_flops(config: RunConfig) -> int:
-    """Return about what a run will compute, by a formula: there is no model yet to ask."""
-    shape, data = config.model, config.data
-    suffix = data.tokenizer.rpartition("-")[2]
-    vocab_size = int(suffix) if suffix.isdecimal() else 256
-    layer = 6 * 12 * shape.width**2 + 12 * shape.width * shape.context_length
-    tokens = config.training.num_steps * data.batch_size * shape.context_length
-    return (shape.num_layers * layer + 6 * shape.width * vocab_size) * tokens
-
-
 def _require_room_for_a_batch(config: RunConfig) -> None:
-    """Refuse a batch whose numbers alone are more than the memory that is free."""
+    """Refuse a batch whose numbers alone are more than what is free. Errors: RunError."""
     rows, free = config.data.batch_size, free_bytes(torch.device("cpu"))
-    needed = 2 * 8 * rows * config.model.context_length  # tokens and targets
-    if free is not None and needed > free:
+    each = 2 * 8 * config.model.context_length  # tokens and targets
+    if free is not None and rows * each > free:
         raise RunError(
             f"data.batch_size={rows}: tokens and targets of such a batch take "
-            f"{format_bytes(needed)}, and {format_bytes(free)} are free; use a smaller one"
+            f"{format_bytes(rows * each)}, and {format_bytes(free)} are free; use at most "
+            f"{free // each}"
         )
 
 

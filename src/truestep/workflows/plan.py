@@ -82,7 +82,7 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     runs = Path(config.run.directory)
     open_data(config, runs, say)  # prepared before the clock starts: the run finds it
     began = time.perf_counter()
-    training = build(config, runs, _Silent().say)
+    training = build(config, runs, lambda _: None)
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
     compiled = "compiled" if trainer.config.compile == "on" else "not compiled"
@@ -156,10 +156,13 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     found, steps = result.estimate, result.config.training.num_steps
     flops = (found.flops_per_token or 0.0) * found.tokens_per_step * steps
     device = runtime.resolve_device(result.config.run.device)
+    began = time.perf_counter()
     if not compiler.resolve_compile("auto", device, flops):
         return result
+    probed_in = time.perf_counter() - began  # as the run will
     say("compiling may pay in that time")
-    other = filled(plan(_compiling(config, "on"), say, loaded_in), seconds, config.training)
+    other = plan(_compiling(config, "on"), say, loaded_in + probed_in)
+    other = filled(other, seconds, config.training)
     if other.config.training.num_steps <= steps:
         return result
     # A process remembers its highest peak: where it is the first plan's, the second's is unknown.

@@ -35,8 +35,8 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
         yield f"            {format_bytes(plan.peak_bytes)} {what}"
     if found.largest_micro_batch is not None:
         most = count(found.largest_micro_batch, "window")
-        own = f"each has {found.micro_batch_size:,}"
-        yield f"            micro-batches of up to {most} fit; {own}"
+        fit = f"of up to {most} fit" if found.largest_micro_batch else "do not fit"
+        yield f"            micro-batches {fit}; each has {found.micro_batch_size:,}"
     utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
     if plan.computed:
         yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
@@ -72,7 +72,7 @@ def _time(plan: Plan, seconds: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{1e3 * value:.1f} ms" if value < 1 else f"{value:,.2f} s"
+    return f"{1e3 * value:.3g} ms" if value < 0.9995 else f"{value:,.2f} s"
 
 
 def _short(value: float) -> str:

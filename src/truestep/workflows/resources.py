@@ -26,14 +26,28 @@ def count_parameters(shape: GPTConfig) -> int:
     return embeddings + shape.num_layers * layer + width
 
 
+def run_flops(config: RunConfig) -> int:
+    """Return about what a run computes, known before there is a model to count it in."""
+    shape = _with_vocabulary(config)
+    weights = count_parameters(shape)
+    if not shape.tie_embeddings:  # of which looking up is no product
+        weights -= int(shape.vocab_size) * shape.width
+    attention = 12 * shape.num_layers * shape.width * shape.context_length
+    tokens = config.training.num_steps * config.data.batch_size * shape.context_length
+    return (6 * weights + attention) * tokens
+
+
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return what one checkpoint of a run holds at least: parameters and moments in float32."""
-    shape = config.model
-    if shape.vocab_size == "auto":
-        vocab_size = _vocab_size(config.data)
-        shape = shape.model_copy(update={"vocab_size": vocab_size})
+    shape = _with_vocabulary(config)
     copies = 3 if config.training.optimizer == "adamw" else 2  # Muon has one moment, not two
     return _FLOAT32_BYTES * copies * count_parameters(shape)
+
+
+def _with_vocabulary(config: RunConfig) -> GPTConfig:
+    if config.model.vocab_size != "auto":
+        return config.model
+    return config.model.model_copy(update={"vocab_size": _vocab_size(config.data)})
 
 
 def _vocab_size(data: DataConfig) -> int:
