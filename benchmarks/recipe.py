@@ -24,7 +24,7 @@ import tomli_w
 from machine import argument_parser, earlier, facts, own_environment, positive, write
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart.toml"
-STEPS = 900  # of 3072 tokens, as quickstart.toml has it: what shorter trials prefer loses there
+STEPS = 900  # of 3072 tokens, as quickstart.toml had it: what shorter trials prefer loses there
 Settings = dict[str, Any]
 
 
