@@ -27,6 +27,10 @@ FORBIDDEN_CALLS = {
     *("torch.load", "torch.save", "torch.jit.load", "torch.jit.save", "torch.package"),
     *("np.load", "np.save", "np.savez", "numpy.load", "numpy.save", "np.fromfile", "np.memmap"),
 }
+# Who does so nevertheless, each with its reason.
+RUNNERS = {
+    ("compiler.py", "subprocess"): "a program that is a constant there, in this interpreter",
+}
 # What opens a file for writing outside of storage.py, each with its reason.
 WRITERS = {
     ("observe/sinks.py", "path.open"): "a log grows by a line; a torn last one is dropped",
@@ -108,7 +112,8 @@ def unread(names, trees):
 
 @pytest.mark.parametrize("path", TREES)
 def test_nothing_runs_what_it_reads(path):
-    assert list(forbidden(TREES[path])) == []
+    allowed = {name for file, name in RUNNERS if file == path}
+    assert set(forbidden(TREES[path])) == allowed
 
 
 @pytest.mark.parametrize("path", [path for path in TREES if path != "storage.py"])

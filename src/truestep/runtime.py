@@ -39,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:  # a message of thirty names
         raise ValueError(
-            f"device={name} names no device; use cpu, cuda, cuda:0, mps or auto"
+            f"device={name} names no device; use cpu or auto, or cuda, cuda:0 or mps"
         ) from None
     try:
         torch.empty(0, device=device)

@@ -1,6 +1,6 @@
 """From what a trainer is given to what it works with: arguments, optimizer, schedule."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,14 +25,13 @@ def resolve_settings(
     config: TrainingConfig, precision: Literal["float32", "bfloat16"], device: torch.device
 ) -> TrainingConfig:
     """Return the settings in plain values, as far as they can be known before a batch."""
-    resolved: dict[str, Any] = {
+    resolved = {
         "precision": precision,
         "deterministic": resolve_deterministic(config.deterministic, device),
-    }
-    if config.schedule == "wsd":  # elsewhere it decides nothing, and a resumed run may change it
-        resolved["decay_steps"] = resolve_decay_steps(
+        "decay_steps": resolve_decay_steps(
             config.decay_steps, config.warmup_steps, config.num_steps
-        )
+        ),
+    }
     return config.model_copy(update=resolved)
 
 

@@ -196,11 +196,11 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
     That is their share of the steps that were `asked` for; a decay of auto is that of the new run.
     """
     warmup_steps = num_steps * asked.warmup_steps // asked.num_steps
-    changes = {"num_steps": num_steps, "warmup_steps": warmup_steps}
-    if asked.decay_steps != "auto":
-        changes["decay_steps"] = max(1, num_steps * asked.decay_steps // asked.num_steps)
-    elif asked.schedule == "wsd":
-        changes["decay_steps"] = resolve_decay_steps("auto", warmup_steps, num_steps)
+    if asked.decay_steps == "auto":
+        decay_steps = resolve_decay_steps("auto", warmup_steps, num_steps)
+    else:
+        decay_steps = max(1, num_steps * asked.decay_steps // asked.num_steps)
+    changes = {"num_steps": num_steps, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
     return TrainingConfig.model_validate(plain.model_dump() | changes)
 
 
