@@ -67,12 +67,12 @@ def nanogpt_step(workload: Workload, path: Path, *, compiled: bool) -> Step:
     return step
 
 
-def litgpt_model(workload: Workload) -> torch.nn.Module:
+def litgpt_model(workload: Workload, seed: int = 0) -> torch.nn.Module:
     """litgpt's model, which any trainer may train: tokens in, logits out."""
     from litgpt.config import Config
     from litgpt.model import GPT
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model: Any = GPT(
         Config(
             block_size=workload.context_length,

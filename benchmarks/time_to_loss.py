@@ -5,9 +5,9 @@
 
 All have W3's layers and 256 characters of context and train on the first nine tenths. The clock
 runs from before the model is built, with the compiler's cache empty, and stands while the loss of
-the last tenth is measured, all of it, in float32. Each trial is a process of its own. Every
-schedule is made for its target: nanoGPT's and litgpt's are the better of two lengths. A trial that
-stands in the output is not made again.
+the last tenth is measured, all of it, in float32. Each trial is a process of its own. Our
+schedules are made for their target; nanoGPT is tried with both lengths that it publishes, litgpt
+with the shorter. A trial that stands in the output is not made again.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig, compute_loss
 from truestep.compiler import uncompiled
+from truestep.runtime import multiplies_bfloat16
 from truestep.training.probe import logits_of
 
 _WINDOWS_AT_ONCE = 16
+# The validation text is read after so many steps where a target is near, else after five times.
+_EVERY, _NEAR = 10, 0.1
+_COLUMNS = ("target", "reached", "seconds", "steps_made", "loss")
 # Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
 _NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
 _QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
@@ -127,14 +131,16 @@ def nanogpt_trial(workload: Workload, path: Path, steps: int, seed: int) -> Any:
 def litgpt_trial(workload: Workload, steps: int, seed: int) -> Any:
     """litgpt's model as its pretrain.py trains it, with nanoGPT's learning rate and warm-up.
 
-    Its own, 4e-4 after 2000 steps, are made for runs a thousand times as long.
+    Its own, 4e-4 after 2000 steps, are made for runs a thousand times as long. In float32 where the
+    processor has no products of bfloat16.
     """
     import lightning
     from litgpt.utils import chunked_cross_entropy
 
-    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    raw = litgpt_model(workload)
-    fabric.seed_everything(seed)
+    raw = litgpt_model(workload, seed)
+    native = multiplies_bfloat16(torch.device("cpu"))
+    precision: Any = "bf16-mixed" if native else "32-true"
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
     compiled: Any = torch.compile(raw)
     model = fabric.setup(compiled)
     plain = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -160,8 +166,8 @@ def cosine(step: int, peak: float, least: float, warmup: int, steps: int) -> flo
     return least + (1 + math.cos(math.pi * progress)) / 2 * (peak - least)
 
 
-def trial(options: argparse.Namespace) -> dict[str, Any]:
-    """Train one of them in this process until the target, its last step or the limit."""
+def trial(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train one of them in this process until its last target, its last step or the limit."""
     text, vocab_size = characters(options.data)
     cut = 9 * len(text) // 10
     workload = Workload(4, 4, 128, vocab_size, 256, 12)
@@ -175,31 +181,49 @@ def trial(options: argparse.Namespace) -> dict[str, Any]:
         model, update = truestep_trial(workload, options.steps, compile_, options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     step, loss, seconds = 0, math.inf, 0.0
-    while loss > options.target and step < options.steps and seconds < options.limit:
+    left, found = sorted(options.targets, reverse=True), []
+    while left and step < options.steps and seconds < options.limit:
         starts = torch.randint(cut - length - 1, (workload.batch_size, 1), generator=generator)
         update(step, text[starts + torch.arange(length + 1)])
         step += 1
         seconds = clock.seconds()
-        if step % options.every == 0 or step == options.steps:
+        every = _EVERY if loss < left[0] + _NEAR else 5 * _EVERY
+        if step % every == 0 or step == options.steps:
             began = time.perf_counter()
             loss = validation_loss(model, text[cut:], length)
             clock.stand(began)
-    return {"reached": loss <= options.target, "seconds": seconds, "steps_made": step, "loss": loss}
+            while left and loss <= left[0]:
+                found.append((left.pop(0), True, seconds, step, loss))
+    found += [(target, False, seconds, step, loss) for target in left]
+    return [dict(zip(_COLUMNS, row, strict=True)) for row in found]
 
 
-def in_a_process(options: argparse.Namespace, variant: str, **values: Any) -> dict[str, Any]:
+def in_a_process(options: argparse.Namespace, key: dict[str, Any]) -> list[dict[str, Any]]:
     """Make a trial in a process of its own, with an empty compiler's cache."""
     command = [sys.executable, "-W", "ignore", __file__, "--data", str(options.data)]
     if options.nanogpt is not None:
         command += ["--nanogpt", str(options.nanogpt)]
-    command += ["--variant", variant, "--limit", str(60 * options.minutes)]
-    for name, value in values.items():
-        command += [f"--{name}", str(value)]
+    command += ["--variant", key["variant"], "--limit", str(60 * options.minutes)]
+    command += ["--steps", str(key["steps"]), "--seed", str(key["seed"]), "--targets"]
+    command += map(str, key["targets"])
     with tempfile.TemporaryDirectory() as cache:
         environment = environment_of_cache(Path(cache))
         output = subprocess.check_output(command, env=environment, text=True)
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return {"variant": variant, **values, **found}
+    found: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
+    return [{**key, **row} for row in found]
+
+
+def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what makes each trial: ours have a schedule for each target, the others one for all."""
+    recipe = TrainingConfig.load(_QUICKSTART).model_dump(mode="json")
+    theirs = dict.fromkeys(options.peers, 2000) | (_NANOGPT_STEPS if options.nanogpt else {})
+    for seed in options.seeds:
+        for target, steps in zip(options.targets, options.own_steps, strict=True):
+            for variant in ("truestep", "truestep compiled"):
+                own = {"variant": variant, "steps": steps, "targets": [target], "seed": seed}
+                yield own | {"recipe": recipe}
+        for variant, steps in theirs.items():
+            yield {"variant": variant, "steps": steps, "targets": options.targets, "seed": seed}
 
 
 def main() -> None:
@@ -208,43 +232,32 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=existing, help="a checkout of nanoGPT")
     parser.add_argument("--peers", nargs="*", choices=["litgpt"], default=[])
     parser.add_argument("--targets", type=float, nargs="+", default=[1.73, 1.50])
-    parser.add_argument("--own-steps", type=positive, nargs="+", default=[220, 1000])
+    parser.add_argument("--own-steps", type=positive, nargs="+", default=[200, 1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=30, help="longest trial")
     hidden = parser.add_argument_group("of a single trial, in its process")
     hidden.add_argument("--variant")
     hidden.add_argument("--steps", type=positive)
-    hidden.add_argument("--target", type=float)
     hidden.add_argument("--seed", type=int)
-    hidden.add_argument("--every", type=positive, default=10)
     hidden.add_argument("--limit", type=float)
     options = parser.parse_args()
     if options.variant is not None:
         print(json.dumps(trial(options)))
         return
     results = earlier(options.output, "trials")
-    recipe = TrainingConfig.load(_QUICKSTART).model_dump(mode="json")
-    for seed in options.seeds:
-        for target, own in zip(options.targets, options.own_steps, strict=True):
-            variants = {"truestep": own, "truestep compiled": own}
-            if options.nanogpt is not None:
-                variants |= _NANOGPT_STEPS
-            variants |= dict.fromkeys(options.peers, 2000)
-            for variant, steps in variants.items():
-                key = {"variant": variant, "steps": steps, "target": target, "seed": seed}
-                key["recipe"] = recipe if variant.startswith("truestep") else None
-                if any(key.items() <= result.items() for result in results):
-                    continue
-                commit = facts()["commit"]
-                found = in_a_process(options, variant, steps=steps, target=target, seed=seed)
-                results.append({**key, **found, "commit": commit})
-                sign = " " if found["reached"] else ">"
-                print(
-                    f"{variant:26} seed {seed} to {target}: {sign}{found['seconds']:6.1f} s, "
-                    f"{found['steps_made']} steps, {found['loss']:.4f}",
-                    flush=True,
-                )
-                write(options.output, {"trials": results, "workload": vars(WORKLOADS["W3"])})
+    for key in wanted(options):
+        if any(key.items() <= result.items() for result in results):
+            continue
+        commit = facts()["commit"]
+        for row in in_a_process(options, key):
+            results.append({**row, "commit": commit})
+            print(
+                f"{row['variant']:26} seed {row['seed']} to {row['target']}: "
+                f"{' ' if row['reached'] else '>'}{row['seconds']:6.1f} s, "
+                f"{row['steps_made']} steps, {row['loss']:.4f}",
+                flush=True,
+            )
+        write(options.output, {"trials": results, "workload": vars(WORKLOADS["W3"])})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "docs"))
 
 from make_recipes import NANOGPT, rows_of
 from recipe import BASE, CONFIGS, best, merged, wanted
+from time_to_loss import wanted as races
 from workloads import WORKLOADS
 
 
@@ -65,6 +66,20 @@ def test_a_trial_is_made_again_only_where_its_settings_changed():
 @pytest.mark.parametrize("path", sorted(BASE.parent.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_is_made_of_settings_that_exist(path):
     validate(RunConfig, {str(path): tomllib.loads(path.read_text())})
+
+
+def test_a_run_of_nanogpt_serves_all_targets_and_each_of_ours_has_a_schedule_for_one():
+    options = Namespace(
+        targets=[1.73, 1.5], own_steps=[200, 1000], seeds=[0, 1], peers=["litgpt"], nanogpt=Path()
+    )
+    trials = [(t["variant"], t["steps"], t["targets"]) for t in races(options) if t["seed"] == 1]
+    own = [trial for trial in trials if trial[0].startswith("truestep")]
+    assert [trial[1:] for trial in own] == [(200, [1.73])] * 2 + [(1000, [1.5])] * 2
+    assert [trial[1:] for trial in trials if trial[0] in NANOGPT] == [
+        (2000, [1.73, 1.5]),
+        (5000, [1.73, 1.5]),
+    ]
+    assert ("litgpt", 2000, [1.73, 1.5]) in trials
 
 
 def test_the_factor_over_nanogpt_is_a_bound_where_it_did_not_get_there():
