@@ -59,8 +59,8 @@ def search() -> str:
     trials = [t for t in record["trials"] if t["data"] == "stdlib"]
     steps = next(t["settings"]["training"]["num_steps"] for t in trials if t["name"] == "start")
     text = SEARCH_TEXT.format(steps=steps, machine=record["machine"])
-    for optimizer in dict.fromkeys(t["optimizer"] for t in trials):
-        own = [t for t in trials if t["optimizer"] == optimizer]
+    for group, title in (("muon", "Muon"), ("adamw", "AdamW")):
+        own = [t for t in trials if t["group"] == group]
         start = next(t["bits_per_byte"] for t in own if t["name"] == "start" and t["seed"] == 0)
         rows = ""
         for trial in sorted((t for t in own if t["seed"] == 0), key=lambda t: t["bits_per_byte"]):
@@ -68,7 +68,6 @@ def search() -> str:
             others = ", ".join(f"{bits:.3f}" for bits in seeds[1:])
             bits = trial["bits_per_byte"]
             rows += f"| {trial['name']} | {bits:.3f} | {bits - start:+.3f} | {others} |\n"
-        title = {"muon": "Muon", "adamw": "AdamW"}[optimizer]
         text += f"\n| {title} | bits per byte | to start | other seeds |\n|---|---|---|---|\n{rows}"
     return f"\n{text}{LESSON}"
 
