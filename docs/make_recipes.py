@@ -31,6 +31,24 @@ The figures in this section that are in no table are those of single runs, made 
 **Tried and lost, over shorter runs**: pieces of the tokenizer from one space to the next (3.84 bytes a token instead of 3.31), signs together with the line end and indentation after them (3.67 bytes), embeddings that start at a standard deviation of 1 instead of 0.02.
 """
 
+# What stands in place of an ingredient of the start with Muon, by group and name of the trial.
+INGREDIENTS = {
+    ("adamw", "start"): "AdamW at 2e-3 in place of Muon",
+    ("muon", "embeddings apart from the head"): "a head of its own in place of tied embeddings",
+    ("muon", "4 heads"): "four heads in place of two",
+    ("without", "bytes"): "bytes in place of 4,096 byte pairs",
+    ("without", "queries and keys as they are"): "queries and keys that are not normed",
+    ("without", "blocks that begin at random"): "blocks that begin at random in place of zero",
+    ("without", "a constant rate"): "a constant rate in place of a decay",
+}
+
+INGREDIENTS_TEXT = """
+What the start with Muon loses in bits per byte, in the same time, without one of its ingredients; what is tied to chance, as the text below says, is in these figures too:
+
+| with | loss |
+|---|---|
+"""
+
 TRANSFER_TEXT = """## Learning rates that carry over
 
 `python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with both learning rates multiplied alike. Bits per byte:
@@ -69,7 +87,19 @@ def search() -> str:
             bits = trial["bits_per_byte"]
             rows += f"| {trial['name']} | {bits:.3f} | {bits - start:+.3f} | {others} |\n"
         text += f"\n| {title} | bits per byte | to start | other seeds |\n|---|---|---|---|\n{rows}"
-    return f"\n{text}{LESSON}"
+    return f"\n{text}{ingredients(trials)}{LESSON}"
+
+
+def ingredients(trials: list[Any]) -> str:
+    """Return the table of what the start loses without each of its ingredients."""
+    bits = {(t["group"], t["name"]): t["bits_per_byte"] for t in trials if t["seed"] == 0}
+    start = bits["muon", "start"]
+    found = {words: bits[key] - start for key, words in INGREDIENTS.items() if key in bits}
+    rows = "".join(
+        f"| {words} | {loss:+.3f} |\n"
+        for words, loss in sorted(found.items(), key=lambda item: -item[1])
+    )
+    return f"{INGREDIENTS_TEXT}{rows}"
 
 
 def transfer() -> str:
