@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from truestep.observe.sinks import ConsoleSink, JsonlSink, Sink
     from truestep.settings import ConfigError
     from truestep.training.companion import every
+    from truestep.training.diagnosis import NonFiniteError
     from truestep.training.evaluate import Evaluation, evaluate
-    from truestep.training.guard import NonFiniteError
     from truestep.training.schedule import constant, warmup_cosine, warmup_stable_decay
     from truestep.training.trainer import Trainer
 
@@ -67,7 +67,7 @@ _MODULES = {
     "GPT": "model.gpt",
     "GPTConfig": "config",
     "JsonlSink": "observe.sinks",
-    "NonFiniteError": "training.guard",
+    "NonFiniteError": "training.diagnosis",
     "RunConfig": "config",
     "Sink": "observe.sinks",
     "StepMetrics": "metrics",

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from truestep.batch import Batch
 from truestep.compiler import uncompiled
+from truestep.metrics import StepMetrics
 from truestep.training.guard import BufferGuard
 from truestep.training.optim import clip_gradients
 from truestep.training.watch import Watch, is_finite, is_finite_or_mask, owner_of
@@ -57,6 +59,20 @@ class Diagnosis:
         }[self.phase]
         at = f", micro-batch at row {self.micro_batch}" if self.micro_batch >= 0 else ""
         return f"{self.phase}: {what}{at}"
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient was not finite; parameters and optimizer state were left unchanged.
+
+    `metrics` and `batch` are that step's, `diagnosis` says where it came from.
+    """
+
+    def __init__(self, metrics: StepMetrics, batch: Batch, diagnosis: Diagnosis) -> None:
+        self.metrics, self.batch, self.diagnosis = metrics, batch, diagnosis
+        super().__init__(
+            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; nothing "
+            f"was updated. {diagnosis}. Lower learning_rate or check this step's data"
+        )
 
 
 def diagnose(

@@ -1,29 +1,7 @@
 """Which updates do not count, and the buffers that these must leave as they were."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
-
-from truestep.batch import Batch
-from truestep.metrics import StepMetrics
-
-if TYPE_CHECKING:
-    from truestep.training.diagnosis import Diagnosis
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient was not finite; parameters and optimizer state were left unchanged.
-
-    `metrics` and `batch` are that step's, `diagnosis` says where it came from.
-    """
-
-    def __init__(self, metrics: StepMetrics, batch: Batch, diagnosis: "Diagnosis") -> None:
-        self.metrics, self.batch, self.diagnosis = metrics, batch, diagnosis
-        super().__init__(
-            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}; nothing "
-            f"was updated. {diagnosis}. Lower learning_rate or check this step's data"
-        )
 
 
 class UpdateGuard:

@@ -25,11 +25,11 @@ from truestep.training.compose import (
     check_arguments,
     resolve_settings,
 )
-from truestep.training.diagnosis import Diagnosis, diagnose
+from truestep.training.diagnosis import Diagnosis, NonFiniteError, diagnose
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
 from truestep.training.forward import ForwardLoss
-from truestep.training.guard import BufferGuard, NonFiniteError, UpdateGuard
+from truestep.training.guard import BufferGuard, UpdateGuard
 from truestep.training.micro_batch import largest_divisor, micro_batch_that_fits
 from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
 from truestep.training.probe import ModelFacts, probe

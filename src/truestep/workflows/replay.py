@@ -12,7 +12,7 @@ from truestep.data.corpus import Say
 from truestep.observe.log import METRICS, read_records
 from truestep.observe.sinks import as_json
 from truestep.runtime import configure_process
-from truestep.training.guard import NonFiniteError
+from truestep.training.diagnosis import NonFiniteError
 from truestep.workflows.build import (
     Training,
     build,

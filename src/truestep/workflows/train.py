@@ -23,7 +23,7 @@ from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import as_json
 from truestep.shell import command
 from truestep.storage import DISK_FULL, StorageError, explain
-from truestep.training.guard import NonFiniteError
+from truestep.training.diagnosis import NonFiniteError
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_data, say_what_changed
 from truestep.workflows.history import (
