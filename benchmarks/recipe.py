@@ -6,7 +6,7 @@
 A trial is `truestep train` with the settings of configs/quickstart.toml and those of its name, for
 as many steps as are said there; what counts is the bits per byte of the whole validation text. A
 trial that stands in the output with the same settings is not made again, so a sweep that was cut
-off goes on.
+off goes on, and two of them can share an output, each with its own part of the trials.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from filelock import FileLock
 from machine import argument_parser, earlier, facts, own_environment, positive, write
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart.toml"
@@ -153,25 +154,28 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib", help="what to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--groups", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--best", type=positive, help="only so many, those best on seed 0")
     every = sorted({name for configs in CONFIGS.values() for name in configs})
-    parser.add_argument("--names", nargs="+", choices=every, help="only these", metavar="NAME")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--best", type=positive, help="only so many, those best on seed 0")
+    some.add_argument("--names", nargs="+", choices=every, help="only these", metavar="NAME")
     parser.add_argument("--threads", type=positive, help="of a trial; two of one each go faster")
     options = parser.parse_args()
-    results = earlier(options.output, "trials")
     with tempfile.TemporaryDirectory() as runs:
-        for key in wanted(options, results):
+        for key in wanted(options, earlier(options.output, "trials")):
             commit = facts()["commit"]
             found = trial(key["settings"], Path(runs))
-            results[:] = [result for result in results if not _same(result, key)]
-            results.append({**key, **found, "commit": commit})
+            if options.output:
+                with FileLock(f"{options.output}.lock"):
+                    others = earlier(options.output, "trials")
+                    results = [result for result in others if not _same(result, key)]
+                    results.append({**key, **found, "commit": commit})
+                    write(options.output, {"trials": results})
             print(
                 f"{key['group']:7} {key['name']:34} seed {key['seed']} "
                 f"{found['bits_per_byte']:.4f} bits per byte {found['step_ms']:8.1f} ms a step "
                 f"{found['seconds']:6.0f} s",
                 flush=True,
             )
-            write(options.output, {"trials": results})
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@
         --targets 1.73 1.50 --seeds 0 1 2 --output docs/figures/time-to-loss.json
 
 All have W3's layers and 256 characters of context and train on the first nine tenths. The clock
-runs from before the model is built, with the compiler's cache empty, and stands while the loss of
-the last tenth is measured, all of it, in float32. Each trial is a process of its own. Our
-schedules are made for their target; nanoGPT is tried with both lengths that it publishes, litgpt
-with the shorter. A trial that stands in the output is not made again.
+runs from before the model is built, when everything is imported, with the compiler's cache empty,
+and stands while the loss of the last tenth is measured, all of it, in float32. Each trial is a
+process of its own, with the allocator set alike. Our schedules are made for their target; nanoGPT
+is tried with both lengths that it publishes, litgpt with the shorter. A trial that stands in the
+output is not made again.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -36,7 +38,7 @@ from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig, compute_loss
 from truestep.compiler import uncompiled
-from truestep.runtime import multiplies_bfloat16
+from truestep.runtime import keep_freed_memory, multiplies_bfloat16
 from truestep.training.probe import logits_of
 
 _WINDOWS_AT_ONCE = 16
@@ -45,6 +47,7 @@ _EVERY, _NEAR = 10, 0.1
 _COLUMNS = ("target", "reached", "seconds", "steps_made", "loss")
 # Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
 _NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
+_OWN_SHAPE = {"qk_norm": True, "residual_init": "zero"}
 _QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 Update = Callable[[int, torch.Tensor], None]
 
@@ -94,7 +97,12 @@ def forward(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor)
 def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) -> Any:
     """configs/quickstart.toml on characters, with the rates and the untied head that serve them."""
     torch.manual_seed(seed)
-    shape = workload.config().model_copy(update={"qk_norm": True, "residual_init": "zero"})
+    model = GPT(workload.config().model_copy(update=_OWN_SHAPE))
+    trainer = Trainer(model, own_config(steps, compile_, seed), sinks=[])
+    return model, lambda _, windows: trainer.training_step(windows)
+
+
+def own_config(steps: int, compile_: bool, seed: int) -> TrainingConfig:
     changes = {
         "learning_rate": 3e-3,
         "embedding_learning_rate_factor": 10,  # pays in a few hundred steps: docs/recipes.md
@@ -104,10 +112,7 @@ def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) ->
         "compile": "on" if compile_ else "off",
         "seed": seed,
     }
-    config = TrainingConfig.load(_QUICKSTART).model_copy(update=changes)
-    model = GPT(shape)
-    trainer = Trainer(model, config, sinks=[])
-    return model, lambda _, windows: trainer.training_step(windows)
+    return TrainingConfig.load(_QUICKSTART).model_copy(update=changes)
 
 
 def nanogpt_trial(workload: Workload, path: Path, steps: int, seed: int) -> Any:
@@ -171,6 +176,11 @@ def trial(options: argparse.Namespace) -> list[dict[str, Any]]:
     text, vocab_size = characters(options.data)
     cut = 9 * len(text) // 10
     workload = Workload(4, 4, 128, vocab_size, 256, 12)
+    if options.variant == "litgpt":  # what others import stands at the top
+        import lightning  # noqa: F401
+        import litgpt.model
+        import litgpt.utils  # noqa: F401
+    keep_freed_memory()
     length, clock = workload.context_length, Clock()
     if options.variant in _NANOGPT_STEPS:
         model, update = nanogpt_trial(workload, options.nanogpt, options.steps, options.seed)
@@ -215,15 +225,18 @@ def in_a_process(options: argparse.Namespace, key: dict[str, Any]) -> list[dict[
 
 def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what makes each trial: ours have a schedule for each target, the others one for all."""
-    recipe = TrainingConfig.load(_QUICKSTART).model_dump(mode="json")
+    text = hashlib.sha256(options.data.read_bytes()).hexdigest()
     theirs = dict.fromkeys(options.peers, 2000) | (_NANOGPT_STEPS if options.nanogpt else {})
     for seed in options.seeds:
+        common = {"seed": seed, "text": text, "minutes": options.minutes}
         for target, steps in zip(options.targets, options.own_steps, strict=True):
             for variant in ("truestep", "truestep compiled"):
-                own = {"variant": variant, "steps": steps, "targets": [target], "seed": seed}
-                yield own | {"recipe": recipe}
+                config = own_config(steps, variant.endswith("compiled"), seed)
+                recipe = config.model_dump(mode="json") | _OWN_SHAPE
+                own = {"variant": variant, "steps": steps, "targets": [target], "recipe": recipe}
+                yield own | common
         for variant, steps in theirs.items():
-            yield {"variant": variant, "steps": steps, "targets": options.targets, "seed": seed}
+            yield {"variant": variant, "steps": steps, "targets": options.targets} | common
 
 
 def main() -> None:

@@ -97,6 +97,16 @@ def test_a_step_is_made_again_in_smaller_micro_batches(bigram, windows, rows_tha
         trainer.training_step(windows(12, seed=3))
 
 
+def test_a_batch_of_odd_size_makes_no_micro_batch_smaller_than_it_must(bigram, windows):
+    """A size stays for the rest of the run: 13 rows have no divisor but 1."""
+    trainer, other = (trainer_of(bigram, micro_batch_size=16) for _ in range(2))
+    Full.room = 8
+    with pytest.warns(UserWarning, match="from here on they have 6"):
+        metrics = trainer.training_step(windows(13, seed=1))
+    Full.room = 100
+    assert metrics.loss == pytest.approx(other.training_step(windows(13, seed=1)).loss, rel=1e-6)
+
+
 def test_one_row_that_does_not_fit_is_an_error_that_changes_nothing(bigram, windows):
     trainer, other = trainer_of(bigram, micro_batch_size=1), trainer_of(bigram)
     Full.room = 0

@@ -69,9 +69,8 @@ def test_every_recipe_is_made_of_settings_that_exist(path):
 
 
 def test_a_run_of_nanogpt_serves_all_targets_and_each_of_ours_has_a_schedule_for_one():
-    options = Namespace(
-        targets=[1.73, 1.5], own_steps=[200, 1000], seeds=[0, 1], peers=["litgpt"], nanogpt=Path()
-    )
+    options = Namespace(data=Path(__file__), minutes=30, peers=["litgpt"], nanogpt=Path())
+    options.targets, options.own_steps, options.seeds = [1.73, 1.5], [200, 1000], [0, 1]
     trials = [(t["variant"], t["steps"], t["targets"]) for t in races(options) if t["seed"] == 1]
     own = [trial for trial in trials if trial[0].startswith("truestep")]
     assert [trial[1:] for trial in own] == [(200, [1.73])] * 2 + [(1000, [1.5])] * 2

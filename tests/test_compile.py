@@ -1,5 +1,6 @@
 """The compiled step: it agrees with the eager one, keeps its bits, and falls back by itself."""
 
+import subprocess
 import sys
 import time
 import tomllib
@@ -199,6 +200,53 @@ def test_what_fails_beside_the_headers_ends_their_process(headers):
     (headers / "go").touch()
     time.sleep(0.1)
     assert not (headers / "precompiled_headers").exists()
+
+
+@linux
+def test_headers_that_take_too_long_are_not_waited_for(headers, monkeypatch):
+    monkeypatch.setattr(compiler, "_LONGEST_SECONDS", 0.1)
+    with compiler.headers_ahead():
+        assert appears(headers / "began")
+    (headers / "go").touch()
+    time.sleep(0.1)
+    assert not (headers / "precompiled_headers").exists()
+
+
+@linux
+def test_no_file_of_the_users_is_run_beside_the_text(headers, monkeypatch):
+    (headers / "here").mkdir()
+    (headers / "here" / "signal.py").write_text("raise SystemExit")
+    monkeypatch.chdir(headers / "here")
+    (headers / "go").touch()
+    with compiler.headers_ahead():
+        pass
+    assert (headers / "precompiled_headers").exists()
+
+
+@linux
+def test_the_headers_process_ends_with_one_that_is_killed(tmp_path):
+    script = f"""
+import pathlib, time
+from truestep import compiler
+import torch._inductor.runtime.cache_dir_utils as directories
+directories.default_cache_dir = lambda: {str(tmp_path)!r}
+compiler._PROBE = '''
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "new")!r}).write_text(str(os.getpid()))
+pathlib.Path({str(tmp_path / "new")!r}).rename({str(tmp_path / "began")!r})
+time.sleep(100)
+'''
+with compiler.headers_ahead():
+    time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        assert appears(tmp_path / "began")
+        parent.kill()
+    status = Path("/proc", (tmp_path / "began").read_text(), "status")
+    deadline = time.monotonic() + 30
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 SHAPES = [

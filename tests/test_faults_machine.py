@@ -303,6 +303,7 @@ from pathlib import Path
 import torch
 from truestep import GPT, GPTConfig, Trainer, TrainingConfig
 from truestep.data.loader import WindowLoader
+from truestep.training.micro_batch import micro_batch_that_fits
 from truestep.workflows.memory import MemoryExhaustedError, memory_explained
 
 class Counting:
@@ -319,6 +320,10 @@ def attempt(micro_batch_size):
     loader = WindowLoader(Counting(), context_length=32, batch_size=1024)
     batch = loader.batch_at(0)
     trainer.prepare(batch)
+    if micro_batch_size == "auto":  # as a run does
+        arguments = trainer.model, trainer.optimizer, batch, trainer.precision
+        micro_batch_size = micro_batch_that_fits(*arguments)
+        trainer.config = trainer.config.model_copy(update={"micro_batch_size": micro_batch_size})
     with memory_explained(trainer, batch, Path("runs/my run")):
         trainer.fit(loader)
 

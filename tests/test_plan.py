@@ -21,8 +21,12 @@ from truestep.machine import _left_by_groups, accelerator_is_full
 from truestep.settings import validate
 from truestep.training.compose import resolve_settings
 from truestep.training.estimate import Estimate, _measured, computed_estimate, estimate
-from truestep.training.footprint import bytes_to_come, footprint, needed_bytes, state_bytes
-from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
+from truestep.training.footprint import Footprint, bytes_to_come, footprint, state_bytes
+from truestep.training.micro_batch import (
+    largest_micro_batch,
+    largest_that_fits,
+    micro_batch_that_fits,
+)
 from truestep.workflows import plan as workflow
 from truestep.workflows.memory import is_out_of_memory
 from truestep.workflows.plan import Plan, filled, plan_on, plan_within
@@ -44,6 +48,14 @@ def model():
 
 def batch_at(_):
     return Batch.of(torch.arange(4 * 33).reshape(4, 33) % 97)
+
+
+def needed_bytes(model, batch, rows, arithmetic):
+    return footprint(model, batch, rows, arithmetic).needed
+
+
+def size_that_fits(trainer):
+    return micro_batch_that_fits(trainer.model, trainer.optimizer, batch_at(0), trainer.precision)
 
 
 def test_an_estimate_is_made_of_the_models_own_numbers(monkeypatch):
@@ -179,7 +191,8 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
         asked.append(config.training.compile)
         found = replace(planned().estimate, step=0.4 if asked[-1] == "on" else 0.5)
         found = replace(found, first_step=40.0 if asked[-1] == "on" else 1.0)
-        return planned(config=config, estimate=found)
+        # The second is made in a process that has imported everything: the run will not be.
+        return replace(planned(config=config, estimate=found), start=3.0 if len(asked) == 1 else 0)
 
     monkeypatch.setattr(workflow, "plan", plan_)
     monkeypatch.setattr(
@@ -188,7 +201,9 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
     config = planned().config
     for seconds, compile_, plans in ((20, "off", 1), (100, "off", 2), (1000, "on", 2)):
         asked.clear()
-        assert plan_within(config, seconds, print).config.training.compile == compile_
+        found = plan_within(config, seconds, print)
+        assert found.config.training.compile == compile_
+        assert found.start == pytest.approx(3.0, abs=0.5)
         assert asked == ["off", "on"][:plans]
     config = RunConfig(training={"compile": "on"})
     asked.clear()
@@ -243,30 +258,91 @@ def test_a_validation_on_the_way_is_timed_however_short_the_run(monkeypatch):
 
 def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):
     config = TrainingConfig(precision="float32", compile="off")
-    whole = Trainer(model(), config, sinks=[])
-    expected = whole.training_step(batch_at(0))
-    assert whole.config.micro_batch_size == "auto"  # as large as the batch that comes
+    expected = Trainer(model(), config, sinks=[]).training_step(batch_at(0))
     trainer = Trainer(model(), config, sinks=[])
     room = bytes_to_come(trainer.model, trainer.optimizer)
     room += needed_bytes(trainer.model, batch_at(0), 2, "float32")
     monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: room)
     with pytest.warns(UserWarning, match=r"4 rows needs about .* split into micro-batches of 2"):
-        metrics = trainer.training_step(batch_at(0))
-    assert trainer.config.micro_batch_size == 2
+        size = size_that_fits(trainer)
+    assert size == 2
+    trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
+    metrics = trainer.training_step(batch_at(0))
     assert metrics.loss == pytest.approx(expected.loss, rel=1e-6)
     assert metrics.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize(("free", "size"), [(0, 1), (None, "auto"), (2**60, "auto")])
+@pytest.mark.parametrize(("free", "size"), [(0, 1), (None, 4), (2**60, 4)])
 def test_what_is_free_decides_how_a_batch_is_split(monkeypatch, recwarn, free, size):
     monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: free)
     trainer = Trainer(model(), TrainingConfig(compile="off"), sinks=[])
-    trainer.prepare(batch_at(0))
-    assert trainer.config.micro_batch_size == size
-    given = Trainer(model(), TrainingConfig(compile="off", micro_batch_size=3), sinks=[])
-    given.prepare(batch_at(0))
-    assert given.config.micro_batch_size == 3  # what was said stays
+    assert size_that_fits(trainer) == size
     assert len(recwarn) == (size == 1)
+    trainer.training_step(batch_at(0))
+    # From Python nothing that is free now decides: a state that is loaded goes on with its bits.
+    assert trainer.config.micro_batch_size == "auto"
+
+
+def test_a_large_batch_far_beyond_the_room_is_not_traced(monkeypatch):
+    """Tracing takes in proportion to rows and logits: 256 rows of GPT-2 took ten seconds."""
+    for module in ("loss", "training.footprint", "training.micro_batch"):
+        monkeypatch.setattr(f"truestep.{module}.LOGITS_PER_CHUNK", 2**16)  # four of a row
+    wide = GPT(GPTConfig(vocab_size=2**13, context_length=32, num_layers=8, num_heads=2, width=32))
+    batch = Batch.of(torch.zeros(64, 33, dtype=torch.long))
+    taken = [needed_bytes(wide, batch, rows, "gpu") for rows in (1, 2, 3, 4, 8, 16)]
+    for rows, needed in zip((3, 4, 8, 16), taken[2:], strict=True):
+        assert taken[0] + (rows - 1) * (taken[1] - taken[0]) <= needed
+    asked = []
+    monkeypatch.setattr(
+        "truestep.training.micro_batch.footprint",
+        lambda *arguments: asked.append(arguments[2]) or footprint(*arguments),
+    )
+    assert largest_that_fits(wide, batch, taken[4], "gpu", limit=64) == 8
+    assert max(asked) < 16
+    assert largest_that_fits(wide, batch, 2**40, "gpu", limit=64) == 64
+
+
+class Keeps(torch.nn.Module):
+    """Keeps a mask, a buffer and a note of each call, as models that cache do."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.calls = model(), []
+
+    def forward(self, tokens):
+        self.calls.append(tokens.shape)
+        if not hasattr(self, "mask"):
+            self.mask = torch.ones(tokens.shape[1], device=tokens.device)
+            self.register_buffer("scale", torch.ones(()))
+        return self.model(tokens) * self.mask[:, None] * self.scale
+
+
+class Reads(torch.nn.Module):
+    """Refuses, in words of its own, tokens that it cannot read."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = model()
+
+    def forward(self, tokens):
+        try:
+            int(tokens.max())
+        except RuntimeError:
+            raise ValueError("tokens without values") from None
+        return self.model(tokens)
+
+
+@pytest.mark.parametrize("kind", [Keeps, Reads])
+def test_what_is_learnt_without_values_leaves_nothing_in_a_model(monkeypatch, kind):
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    config = TrainingConfig(precision="float32", compile="off")
+    expected = Trainer(model(), config, sinks=[]).training_step(batch_at(0))
+    trainer = Trainer(kind(), config, sinks=[])
+    size_that_fits(trainer)
+    trainer.prepare(batch_at(0))
+    assert not getattr(trainer.model, "calls", [])
+    assert trainer.training_step(batch_at(0)).loss == expected.loss
+    assert estimate(Trainer(kind(), config, sinks=[]), batch_at).tokens_per_second > 0
 
 
 @pytest.mark.parametrize(("kind", "moments"), [("adamw", 8), ("muon", 4)])
@@ -323,7 +399,7 @@ def test_one_row_that_may_not_fit_is_called_so(monkeypatch):
     monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: 0)
     trainer = Trainer(model(), TrainingConfig(compile="off"), sinks=[])
     with pytest.warns(UserWarning, match=r"even one row needs about .* and may not fit; use a sma"):
-        trainer.prepare(batch_at(0))
+        size_that_fits(trainer)
 
 
 def test_a_library_without_room_for_its_workspace_is_an_accelerator_that_is_full():
@@ -476,14 +552,30 @@ def test_few_rows_that_take_nothing_beside_the_gradients_mislead_nobody(monkeypa
     """Up to a hundred rows a step takes the same: the line through the first two leads nowhere."""
     asked = []
 
-    def needed(model, batch, rows, arithmetic):
+    def taken(model, batch, rows, arithmetic):
         asked.append(rows)
-        return max(10**9, 10**7 * rows) + rows
+        return Footprint(int((max(10**9, 10**7 * rows) + rows) / 1.25), 0)
 
-    monkeypatch.setattr("truestep.training.micro_batch.needed_bytes", needed)
+    monkeypatch.setattr("truestep.training.micro_batch.footprint", taken)
     assert 4850 <= largest_micro_batch(model(), batch_at(0), 5 * 10**10, "gpu") <= 5000
     assert max(asked) <= 1.03 * 5000
     assert len(asked) <= 10
+
+
+def test_a_plan_of_a_run_that_diverges_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    command = ["plan", "tiny.toml", "--data", "text.txt", "--training.learning-rate", "1e20"]
+    assert main(command) != 0
+    assert re.search(
+        r"learning_rate=1e\+20: .* not finite in step \d+ of the measurement, .*; lower it",
+        capsys.readouterr().err,
+    )
+
+
+def test_settings_are_written_as_toml_only(capsys):
+    assert main(["plan", "tiny.toml", "--data", "text.txt", "--out", "plan.json"]) != 0
+    assert "must end in .toml" in capsys.readouterr().err
+    assert not Path("plan.json").exists()
 
 
 def test_a_plan_refuses_a_name_that_no_run_may_have(capsys):

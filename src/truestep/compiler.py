@@ -16,11 +16,16 @@ from truestep.compile_cache import discard_cut_libraries
 # Arithmetic that earns back a cold compile, of 37 to 50 s on two CPU cores: 1000 steps of W3 are
 # 2e13 (with 4096 ids, 530 are 1.5e13), 250 of W1 and 290 of W2 are 6e13 to 7e13.
 _FLOPS_WORTH_COMPILING = {"cpu": 2.5e13, "cuda": 1e16}
+_END_WITH_PARENT = """
+import ctypes, signal
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of Linux
+"""
 _PROBE = """
 import torch
 from truestep.compiler import compile_options
 compile_options(torch.device("cpu"))
 """
+_LONGEST_SECONDS = 120.0  # that the text has been ready for, and the headers have not
 CompileSetting = Literal["auto", "on", "off"]
 
 
@@ -48,14 +53,16 @@ def headers_ahead() -> Iterator[None]:
     if sys.platform != "linux" or Path(default_cache_dir(), "precompiled_headers").is_dir():
         yield
         return
-    command = [sys.executable, "-W", "ignore", "-c", _PROBE]
+    # -P: what lies in the working directory is no module.
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _END_WITH_PARENT + _PROBE]
     nowhere = subprocess.DEVNULL
     with subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere) as process:
         try:
             yield
-        except BaseException:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LONGEST_SECONDS)
+        finally:
             process.terminate()  # the compiler it has started ends its file by itself
-            raise
 
 
 @functools.cache

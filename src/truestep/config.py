@@ -78,7 +78,7 @@ class TrainingConfig(Config):
     """Steps in a row that are skipped because loss or gradient is not finite; one more stops."""
 
     micro_batch_size: PositiveInt | Literal["auto"] = trajectory("auto")
-    """Windows in one backward pass; a batch is split as need be. auto: as many as fit."""
+    """Windows in one backward pass; a batch is split as need be. auto: as many as fit in a run."""
 
     seed: int = trajectory(0, ge=0, lt=2**63)
     """Seed of initial weights, data order and dropout."""

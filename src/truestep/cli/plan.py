@@ -28,6 +28,8 @@ def _new_file(_: object, path: Path | None) -> None:
         return
     if not path.absolute().parent.is_dir():
         raise ValueError("is in no directory that exists; make it first")
+    if path.suffix != ".toml":
+        raise ValueError("must end in .toml: the settings are written as TOML")
     if path.exists():
         raise ValueError("exists already; choose another name, or remove it")
 

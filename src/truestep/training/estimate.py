@@ -21,6 +21,7 @@ from truestep.training.footprint import (
     state_bytes,
 )
 from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
+from truestep.training.probe import NotTraceableError
 from truestep.training.trainer import Trainer
 
 _LEAST_ROUNDS, _LEAST_SECONDS, _MOST_SECONDS = 5, 5.0, 60.0  # after the first two steps
@@ -80,7 +81,10 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     trainer.prepare(first)
     largest = _largest_micro_batch(trainer, first)
     first_step, step = _measured(trainer, first, batch_at)
-    held = _held(trainer, first)
+    try:
+        held = footprint(trainer.model, first, _rows(trainer, first), trainer.precision)
+    except NotTraceableError:
+        held = None
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     return Estimate(
         num_parameters=sum(p.numel() for p in trainer.model.parameters()),
@@ -152,7 +156,7 @@ def computed_estimate(
         fitting = largest_that_fits(model, batch, room, "gpu", limit=rows)
         size = (fitting or 1) if micro_batch_size == "auto" else min(micro_batch_size, rows)
         held = footprint(model, batch, size, "gpu")
-    except (RuntimeError, AssertionError):
+    except NotTraceableError:
         held = None
     if held is None or trainer.facts is None:
         raise ValueError(
@@ -188,20 +192,13 @@ def _largest_micro_batch(trainer: Trainer, batch: Batch) -> int | None:
     room = free - bytes_to_come(trainer.model, trainer.optimizer)
     try:
         return largest_micro_batch(trainer.model, batch, room, trainer.precision)
-    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
+    except NotTraceableError:
         return None
 
 
 def _rows(trainer: Trainer, batch: Batch) -> int:
     """Return how many rows of a batch one backward pass takes."""
     return min(len(batch.tokens), trainer.micro_batch_size(batch))
-
-
-def _held(trainer: Trainer, batch: Batch) -> Footprint | None:
-    try:
-        return footprint(trainer.model, batch, _rows(trainer, batch), trainer.precision)
-    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
-        return None
 
 
 def _memory(state: State, held: Footprint) -> Memory:

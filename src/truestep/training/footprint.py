@@ -16,7 +16,7 @@ from truestep.loss import LOGITS_PER_CHUNK, DeferredLogits, compute_loss
 from truestep.runtime import attention_kernels, computing, module_modes
 from truestep.training.muon import MuonAdamW
 from truestep.training.optim import trainable_parameters
-from truestep.training.probe import logits_of
+from truestep.training.probe import logits_of, traced
 
 # How the numbers are held: as a trainer's precision has it, or as a GPU would, in bfloat16 and with
 # fused attention.
@@ -82,12 +82,15 @@ def footprint(model: nn.Module, batch: Batch, size: int, arithmetic: Arithmetic)
     of the micro-batches before, too, where `size` is not the whole batch. `batch` gives the length,
     `size` the rows, also more than it has. Nothing is computed: fake tensors have only shapes.
 
-    Errors: RuntimeError or AssertionError for a model that does not run so, because what it does
-    depends on the values.
+    Errors: NotTraceableError.
     """
     device = next(model.parameters()).device
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with module_modes(model, training=True), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with (
+        traced(model),
+        module_modes(model, training=True),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+    ):
         state = {
             name: fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
             for name, tensor in own.items()
@@ -128,11 +131,6 @@ def _casting(arithmetic: Arithmetic, device: torch.device) -> AbstractContextMan
     if arithmetic == "gpu":  # as wide as bfloat16, for which a CPU may have other ways
         return torch.autocast("cpu", torch.float16)
     return computing(arithmetic, device)
-
-
-def needed_bytes(model: nn.Module, batch: Batch, size: int, arithmetic: Arithmetic) -> int:
-    """Return what a micro-batch takes of the machine. Errors: as above."""
-    return footprint(model, batch, size, arithmetic).needed
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:

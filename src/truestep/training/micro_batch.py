@@ -2,25 +2,18 @@
 
 import warnings
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import nn
 
 from truestep.batch import Batch
+from truestep.loss import LOGITS_PER_CHUNK
 from truestep.machine import free_bytes
 from truestep.observe.text import count, format_bytes
-from truestep.training.footprint import Arithmetic, bytes_to_come, needed_bytes
-
-
-def divisors(number: int, limit: int) -> list[int]:
-    """Return the divisors of a number up to a limit, in order."""
-    return [size for size in range(1, min(number, limit) + 1) if number % size == 0]
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest of them; 0 for a limit below 1."""
-    return max(divisors(number, limit), default=0)
+from truestep.training.footprint import Arithmetic, Footprint, bytes_to_come, footprint
+from truestep.training.probe import NotTraceableError
 
 
 def largest_micro_batch(model: nn.Module, batch: Batch, room: int, arithmetic: Arithmetic) -> int:
@@ -28,11 +21,10 @@ def largest_micro_batch(model: nn.Module, batch: Batch, room: int, arithmetic: A
 
     0 if not even one does. Errors: as for `footprint`.
     """
-    inputs = {name: value[:1] for name, value in batch.inputs.items()}
-    batch = Batch(batch.tokens[:1], batch.targets[:1], inputs)  # every size is a whole step of it
+    whole = _whole_steps(model, batch, arithmetic)
 
     def needed(rows: int) -> int:
-        return needed_bytes(model, batch, rows, arithmetic)
+        return whole(rows).needed
 
     low, least = 1, needed(1)
     if least > room:
@@ -59,11 +51,44 @@ def largest_that_fits(
     0 if there are none. Errors: as for `footprint`.
     """
     rows = len(batch.tokens)
-    if limit >= rows and needed_bytes(model, batch, rows, arithmetic) <= room:
+    if limit >= rows and _needed(_whole_steps(model, batch, arithmetic), rows, room) <= room:
         return rows  # which may take less than a part of it: that finds gradients there
-    sizes = divisors(rows, min(limit, rows - 1))
-    fitting = bisect_right(sizes, room, key=lambda n: needed_bytes(model, batch, n, arithmetic))
+
+    def parts(size: int) -> Footprint:
+        return footprint(model, batch, size, arithmetic)
+
+    least = _at_least(parts)
+    sizes = [n for n in range(1, min(limit, rows - 1) + 1) if rows % n == 0 and least(n) <= room]
+    fitting = bisect_right(sizes, room, key=lambda size: parts(size).needed)
     return sizes[fitting - 1] if fitting else 0
+
+
+def _whole_steps(
+    model: nn.Module, batch: Batch, arithmetic: Arithmetic
+) -> Callable[[int], Footprint]:
+    """Return what a step in one go takes as a function of its rows, which are like the batch's."""
+    inputs = {name: value[:1] for name, value in batch.inputs.items()}
+    row = Batch(batch.tokens[:1], batch.targets[:1], inputs)
+    return lambda rows: footprint(model, row, rows, arithmetic)
+
+
+def _needed(footprint_of: Callable[[int], Footprint], rows: int, room: int) -> int:
+    """Return what so many rows take, or, where that is beyond the room, at least take."""
+    least = _at_least(footprint_of)(rows)
+    return least if least > room else footprint_of(rows).needed
+
+
+def _at_least(footprint_of: Callable[[int], Footprint]) -> Callable[[int], int]:
+    """Return a bound of what rows take, where tracing many of them would take seconds or minutes.
+
+    That is where one row has a chunk of logits or more. A peak is then the greatest of several sums
+    that grow with the rows, and nowhere below the line through what one and two of them take.
+    """
+    one = footprint_of(1)
+    if one.logits < 4 * LOGITS_PER_CHUNK:
+        return lambda _: 0
+    per_row = footprint_of(2).needed - one.needed
+    return lambda rows: one.needed + (rows - 1) * per_row
 
 
 def micro_batch_that_fits(
@@ -71,23 +96,23 @@ def micro_batch_that_fits(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     precision: Literal["float32", "bfloat16"],
-) -> int | Literal["auto"]:
-    """Return "auto" where a step of the whole batch fits into what is free, or is not known to.
+) -> int:
+    """Return the rows of the batch where a step of them fits into what is free, or is not known to.
 
     Else the most rows that divide the batch and fit, or 1 where none do, said by a warning.
     """
-    free = free_bytes(next(model.parameters()).device)
+    rows, free = len(batch.tokens), free_bytes(next(model.parameters()).device)
     if free is None:
-        return "auto"
-    room, rows = max(0, free - bytes_to_come(model, optimizer)), len(batch.tokens)
+        return rows
+    room = max(0, free - bytes_to_come(model, optimizer))
     try:
-        needed = needed_bytes(model, batch, rows, precision)
+        needed = _needed(_whole_steps(model, batch, precision), rows, room)
         if needed <= room:
-            return "auto"
+            return rows
         size = largest_that_fits(model, batch, room, precision, limit=rows - 1)
-        least = needed_bytes(model, batch, 1, precision)
-    except (RuntimeError, AssertionError):  # the model does not run on fake tensors
-        return "auto"
+        least = footprint(model, batch, 1, precision).needed
+    except NotTraceableError:
+        return rows
     if size:
         split = (
             f"it is split into micro-batches of {size:,}, which changes neither loss nor gradient, "

@@ -1,5 +1,7 @@
 """What one forward pass says about a model, learnt without computing it."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,47 @@ class ModelFacts:
     vocab_size: int
     flops_per_token: float  # forward and backward, by their matrix products
     head: nn.Module | None  # the module whose matrix produced the logits
+
+
+class NotTraceableError(Exception):
+    """A model does not run on tensors without values, because what it does depends on these."""
+
+
+@contextlib.contextmanager
+def traced(model: nn.Module) -> Iterator[None]:
+    """Let a model run on tensors without values, and leave none of them in its modules.
+
+    What its own code keeps for the next call, a mask or a cache, goes again, but for what lies
+    deeper than a list or a dictionary of a module.
+    Errors: NotTraceableError in place of any that comes from inside.
+    """
+    before = [(module, _Attributes(module)) for module in model.modules()]
+    try:
+        yield
+    except Exception as error:
+        raise NotTraceableError(str(error)) from error
+    finally:
+        for module, attributes in before:
+            attributes.restore(module)
+
+
+class _Attributes:
+    """What a module has, and what stands in its lists, dictionaries and sets."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._values = dict(vars(module))
+        self._contents = [
+            (value, type(value)(value))
+            for value in self._values.values()
+            if type(value) in {dict, list, set}
+        ]
+
+    def restore(self, module: nn.Module) -> None:
+        vars(module).clear()
+        vars(module).update(self._values)
+        for value, content in self._contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def logits_of(output: Any) -> Tensor | DeferredLogits:
@@ -56,16 +99,17 @@ def probe(model: nn.Module, batch: Batch) -> ModelFacts | None:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     counter = FlopCounterMode(display=False)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    modes = module_modes(model, training=False)
     try:
         # The counter knows no fused attention of a CPU: as plain products it is counted anywhere.
-        with module_modes(model, training=False), plain_attention(), torch.no_grad(), fake, counter:
+        with traced(model), modes, plain_attention(), torch.no_grad(), fake, counter:
             output = torch.func.functional_call(
                 model,
                 {name: fake.from_tensor(tensor) for name, tensor in tensors.items()},
                 (fake.from_tensor(batch.tokens),),
                 {name: fake.from_tensor(value) for name, value in batch.inputs.items()},
             )
-    except (RuntimeError, AssertionError):
+    except NotTraceableError:
         return None
     finally:
         for hook in hooks:

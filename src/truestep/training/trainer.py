@@ -30,7 +30,6 @@ from truestep.training.evaluate import Evaluation, evaluate
 from truestep.training.feed import StepData, batches_from, fit_inputs
 from truestep.training.forward import ForwardLoss
 from truestep.training.guard import BufferGuard, UpdateGuard
-from truestep.training.micro_batch import largest_divisor, micro_batch_that_fits
 from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
 from truestep.training.probe import ModelFacts, probe
 from truestep.training.readback import Readback
@@ -223,10 +222,7 @@ class Trainer:
         flops = self.facts.flops_per_token if self.facts else 0.0
         run_flops = flops * batch.tokens.numel() * self.config.num_steps
         compile_it = resolve_compile(self.config.compile, self.device, run_flops)
-        size = self.config.micro_batch_size
-        if size == "auto":
-            size = micro_batch_that_fits(self.model, self.optimizer, batch, self.precision)
-        resolved = {"compile": "on" if compile_it else "off", "micro_batch_size": size}
+        resolved = {"compile": "on" if compile_it else "off"}
         self.config = self.config.model_copy(update=resolved)
         self._forward = ForwardLoss(self.model, self.config, self.precision, self.device)
 
@@ -284,9 +280,8 @@ class Trainer:
         return len(batch.tokens) if size == "auto" else size
 
     def _smaller(self, batch: Batch) -> int:
-        """Return at most half of the rows that micro-batches have; 0 if they have one."""
-        rows = len(batch.tokens)
-        return largest_divisor(rows, min(self.micro_batch_size(batch), rows) // 2)
+        """Return half of the rows that micro-batches have; 0 if they have one."""
+        return min(self.micro_batch_size(batch), len(batch.tokens)) // 2
 
     def _resize(self, batch: Batch, smaller: int) -> None:
         """Make micro-batches smaller from this step on, and say so."""

@@ -23,6 +23,7 @@ from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
 from truestep.storage import explain
+from truestep.training.micro_batch import micro_batch_that_fits
 from truestep.training.trainer import Trainer
 from truestep.workflows.resources import run_flops
 from truestep.workflows.run import RunError, read_run_config, read_run_facts, read_tokenizer
@@ -80,10 +81,13 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
     first = loader.batch_at(0)
     model, trainer = build_trainer(config)
     trainer.prepare(first)
-    training = {"micro_batch_size": trainer.micro_batch_size(first)}
+    size = trainer.config.micro_batch_size
+    if size == "auto":
+        size = micro_batch_that_fits(model, trainer.optimizer, first, trainer.precision)
+    trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
     config = config.model_copy(
         update={
-            "training": trainer.config.model_copy(update=training),
+            "training": trainer.config,
             "model": model.config,
             "data": config.data.model_copy(update=_absolute_paths(config)),
             "run": config.run.model_copy(update={"device": str(device), "threads": threads}),

@@ -85,8 +85,9 @@ def _advice(
     trainer: "Trainer", batch: "Batch", size: int, room: int | None, directory: Path
 ) -> str:
     """Return what would fit, in figures, and the command to go on with."""
-    from truestep.training.footprint import needed_bytes
+    from truestep.training.footprint import footprint
     from truestep.training.micro_batch import largest_that_fits
+    from truestep.training.probe import NotTraceableError
 
     unknown = "use a smaller training.micro_batch_size or a smaller model"
     if room is None:
@@ -94,12 +95,12 @@ def _advice(
     model, precision = trainer.model, trainer.precision
 
     def needed(size: int) -> int:
-        return needed_bytes(model, batch, size, precision)
+        return footprint(model, batch, size, precision).needed
 
     try:
         least = needed(1)
         fitting = largest_that_fits(model, batch, room, precision, limit=size - 1)
-    except (RuntimeError, AssertionError):  # a model that does not run on fake tensors
+    except NotTraceableError:
         return unknown
     if not fitting:
         return (

@@ -88,6 +88,12 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     compiled = "compiled" if trainer.config.compile == "on" else "not compiled"
     say(f"measuring a few steps, {compiled}")
     found = estimate(trainer, training.loader.batch_at)
+    if trainer.skipped_in_a_row:
+        raise RunError(
+            f"training.learning_rate={trainer.config.learning_rate}: the loss or its gradient was "
+            f"not finite in step {trainer.step} of the measurement, as it would be in the run; "
+            "lower it"
+        )
     resolved = training.config.training.model_copy(
         update={"micro_batch_size": found.micro_batch_size}
     )
@@ -123,6 +129,7 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
             Path(config.run.directory),
             say,
         )
+    say("computing what a step takes")
     found = computed_estimate(
         training.trainer, training.loader.batch_at(0), gpu, asked.micro_batch_size
     )
@@ -161,8 +168,9 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
         return result
     probed_in = time.perf_counter() - began  # as the run will
     say("compiling may pay in that time")
-    other = plan(_compiling(config, "on"), say, loaded_in + probed_in)
-    other = filled(other, seconds, config.training)
+    other = plan(_compiling(config, "on"), say)
+    # What the first of them waited for, imports above all, the run will as well.
+    other = filled(replace(other, start=result.start + probed_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
         return result
     # A process remembers its highest peak: where it is the first plan's, the second's is unknown.
