@@ -1,6 +1,7 @@
 """Every bug of `make mutants` can still be planted, and what it breaks is still tested."""
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,9 @@ def test_the_bug_can_be_planted_and_its_tests_are_there(mutant, tmp_path):
         file, _, name = test.partition("::")
         text = Path(ROOT, "tests", file).read_text()
         assert not name or f"def {name}(" in text
+
+
+def test_what_was_planted_last_is_what_can_be_planted():
+    rows = json.loads((ROOT / "docs" / "mutants.json").read_text())
+    assert [(row["bug"], row["file"]) for row in rows] == [(m.bug, m.file) for m in MUTANTS]
+    assert f" {len(rows)} planted bugs" in (ROOT / "README.md").read_text()
