@@ -181,6 +181,20 @@ def test_the_shortest_runs_have_a_schedule_too(num_steps, warmup_steps):
         assert all(0 < schedule(step) <= 1 for step in range(num_steps))
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 4, 5, 6])
+def test_the_plain_settings_of_a_run_that_may_begin_may_go_on(bigram, warmup_steps):
+    """A run writes them down without auto, and reads them when it is resumed."""
+    asked = {"schedule": "wsd", "warmup_steps": warmup_steps, "num_steps": 6}
+    if warmup_steps == 6:
+        with pytest.raises(
+            ValueError, match="decay_steps=1 and warmup_steps=6 together are longer"
+        ):
+            TrainingConfig(**asked)
+        return
+    plain = Trainer(bigram(), TrainingConfig(**asked), sinks=[]).config
+    assert TrainingConfig(**plain.model_dump()) == plain
+
+
 def test_the_first_update_has_the_first_rate_and_the_last_the_last(bigram, windows):
     config = TrainingConfig(schedule="wsd", warmup_steps=4, num_steps=10, decay_steps=3)
     trainer = Trainer(bigram(), config, sinks=[])

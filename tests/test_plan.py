@@ -302,6 +302,17 @@ def test_a_large_batch_far_beyond_the_room_is_not_traced(monkeypatch):
     assert largest_that_fits(wide, batch, 2**40, "gpu", limit=64) == 64
 
 
+@pytest.mark.parametrize(
+    ("rows", "fits", "size"), [(4001, 2600, 2001), (13, 5, 5), (12, 5, 4), (7, 1, 1), (14, 6, 5)]
+)
+def test_a_batch_with_few_divisors_is_split_into_few_parts(rows, fits, size):
+    """The largest divisor of 4,001 is 1: 4,001 parts took ten times as long as two."""
+    shape = model()
+    batch = Batch.of(torch.zeros(rows, 33, dtype=torch.long))
+    room = needed_bytes(shape, batch, fits, "float32")
+    assert largest_that_fits(shape, batch, room, "float32", limit=rows - 1) == size
+
+
 class Keeps(torch.nn.Module):
     """Keeps a mask, a buffer and a note of each call, as models that cache do."""
 

@@ -99,7 +99,7 @@ class TrainingConfig(Config):
                 f"warmup_steps={self.warmup_steps} is longer than num_steps={self.num_steps}; "
                 "use a shorter warm-up or a longer run"
             )
-        decay_steps = 0 if self.decay_steps == "auto" else self.decay_steps
+        decay_steps = 1 if self.decay_steps == "auto" else self.decay_steps
         if self.schedule == "wsd" and self.warmup_steps + decay_steps > self.num_steps:
             raise ValueError(
                 f"decay_steps={decay_steps} and warmup_steps={self.warmup_steps} together are "

@@ -1,7 +1,7 @@
 """How many rows one backward pass takes: as many as fit into memory."""
 
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from typing import Literal
 
@@ -48,7 +48,8 @@ def largest_that_fits(
 ) -> int:
     """Return the most rows, up to `limit`, that divide the batch and take up to `room` bytes.
 
-    0 if there are none. Errors: as for `footprint`.
+    Where that is less than half of what would fit, as for a prime number of rows, those that make
+    the fewest parts, the last of them shorter. 0 if not one fits. Errors: as for `footprint`.
     """
     rows = len(batch.tokens)
     if limit >= rows and _needed(_whole_steps(model, batch, arithmetic), rows, room) <= room:
@@ -60,7 +61,17 @@ def largest_that_fits(
     least = _at_least(parts)
     sizes = [n for n in range(1, min(limit, rows - 1) + 1) if rows % n == 0 and least(n) <= room]
     fitting = bisect_right(sizes, room, key=lambda size: parts(size).needed)
-    return sizes[fitting - 1] if fitting else 0
+    if not fitting:
+        return 0
+    size = sizes[fitting - 1]
+    above = next(n for n in range(size + 1, rows + 1) if rows % n == 0)
+    ceiling = min(above - 1, limit)
+    if ceiling < 2 * size:
+        return size
+    counts = range(-(-rows // ceiling), rows // size + 1)
+    fewest = bisect_left(counts, True, key=lambda n: parts(-(-rows // n)).needed <= room)
+    most = -(-rows // counts[fewest])
+    return most if most >= 2 * size else size
 
 
 def _whole_steps(
@@ -99,7 +110,7 @@ def micro_batch_that_fits(
 ) -> int:
     """Return the rows of the batch where a step of them fits into what is free, or is not known to.
 
-    Else the most rows that divide the batch and fit, or 1 where none do, said by a warning.
+    Else what `largest_that_fits` says, or 1 where nothing does, said by a warning.
     """
     rows, free = len(batch.tokens), free_bytes(next(model.parameters()).device)
     if free is None:
