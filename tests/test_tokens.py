@@ -1,5 +1,6 @@
 """Token shards: what is written is read, and what is damaged is named."""
 
+import gc
 import json
 import os
 import subprocess
@@ -139,6 +140,7 @@ def test_many_shards_are_read_from_many_threads_with_few_descriptors(tmp_path):
     directory = write(tmp_path / "data", [ids.tolist()], shard_tokens=7)  # 429 shards
     split = open_prepared(directory, Numbers(256)).train
     starts = np.random.default_rng(1).integers(0, 2900, 400).tolist()
+    gc.collect()  # what tests before this one left closes its files now, and not in between
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda start: split.read(start, start + 50), starts))
