@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import truestep
-from truestep.machine import processor_name
+from truestep.machine import device_name, processor_name
 from truestep.runtime import resolve_device
 
 _PEERS = ("litgpt", "transformers", "lightning")
@@ -87,14 +87,16 @@ def facts() -> dict[str, Any]:
     """Return commit, versions and machine."""
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    device = resolve_device("auto")
+    machine = f"{platform.machine()}, {processor_name()}"
     return {
         "commit": commit,
         "truestep": truestep.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "peers": {name: version for name in _PEERS if (version := _version(name))},
-        "machine": f"{platform.machine()}, {processor_name()}",
-        "device": str(resolve_device("auto")),
+        "machine": machine if device.type == "cpu" else f"{machine}, {device_name(device)}",
+        "device": str(device),
         "threads": torch.get_num_threads(),
     }
 

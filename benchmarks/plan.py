@@ -4,6 +4,7 @@
 
 Plan and run are processes of their own, one after the other, on the standard library's source. The
 step is the median of the run's log after its first ten; peak memory is what the system says of it.
+With `--gpu`, what is computed from that GPU's data sheet stands beside them.
 What stands in the output is not measured again.
 """
 
@@ -12,12 +13,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from machine import argument_parser, earlier, facts, own_environment, positive, write
+from recipe import merged
 from workloads import WORKLOADS
+
+from truestep.gpus import GPUS
 
 _SKIPPED = 10
 _PLAN = """
@@ -28,14 +33,23 @@ from truestep.workflows.plan import plan
 found = plan(resolve({}, {}, Path(sys.argv[1])), lambda _: None)
 print(json.dumps({"seconds": found.estimate.step, "bytes": found.peak_bytes}))
 """
+_COMPUTE = """
+import json, sys
+from pathlib import Path
+from truestep.config import resolve
+from truestep.gpus import find_gpu
+from truestep.workflows.plan import plan_on
+found = plan_on(resolve({}, {}, Path(sys.argv[1])), find_gpu(sys.argv[2]), lambda _: None)
+print(json.dumps({"seconds": found.estimate.step, "bytes": found.peak_bytes}))
+"""
 _RUN = """
 import sys
-import torch
 from truestep.cli import main
 from truestep.machine import peak_bytes
+from truestep.runtime import resolve_device
 if main(sys.argv[1:]) != 0:
     raise SystemExit("the run failed")
-print(peak_bytes(torch.device("cpu")))
+print(peak_bytes(resolve_device("auto")))
 """
 
 
@@ -45,6 +59,12 @@ def _of_workload(name: str) -> dict[str, Any]:
     shape = workload.config().model_dump(exclude={"num_kv_heads", "mlp_width"})
     shape["vocab_size"] = max(256, workload.vocab_size)
     return {"model": shape, "data": {"batch_size": workload.batch_size}}
+
+
+def _of_file(name: str) -> dict[str, Any]:
+    """The settings of a recipe."""
+    text = (Path(__file__).parents[1] / "configs" / name).read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -67,11 +87,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "data": {"batch_size": 8},
     },
 }
+GPU_CONFIGS = {"configs/gpu-evening.toml": _of_file("gpu-evening.toml")}
 
 
-def predicted(config: Path) -> dict[str, Any]:
-    """Return what the plan says."""
+def predicted(config: Path, gpu: str | None = None) -> dict[str, Any]:
+    """Return what the plan says, or what it computes for a GPU that is not here."""
     command = [sys.executable, "-W", "ignore", "-c", _PLAN, str(config)]
+    if gpu:
+        command = [sys.executable, "-W", "ignore", "-c", _COMPUTE, str(config), gpu]
     found: dict[str, Any] = json.loads(subprocess.check_output(command, env=own_environment()))
     return found
 
@@ -89,21 +112,27 @@ def seen(config: Path, runs: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=positive, default=60)
-    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument(
+        "--configs", nargs="+", choices=[*CONFIGS, *GPU_CONFIGS], default=list(CONFIGS)
+    )
+    parser.add_argument("--gpu", choices=list(GPUS), help="compute it from this data sheet, too")
     options = parser.parse_args()
     results = earlier(options.output, "configs")
     known = [(found["name"], found["steps"]) for found in results]
     for name in (name for name in options.configs if (name, options.steps) not in known):
         with tempfile.TemporaryDirectory() as place:
             # Both compile or neither: a run of so few steps would leave it.
-            settings = {section: dict(values) for section, values in CONFIGS[name].items()}
-            training = settings.setdefault("training", {})
-            training |= {"num_steps": options.steps, "compile": "on"}
+            length = {"num_steps": options.steps, "warmup_steps": 0, "decay_steps": "auto"}
+            settings = merged(
+                (CONFIGS | GPU_CONFIGS)[name], {"training": {**length, "compile": "on"}}
+            )
             settings["run"] = {"directory": place, "evaluate_every": options.steps // 2}
             config = Path(place, "config.toml")
             config.write_text(tomli_w.dumps(settings), encoding="utf-8")
             found = {"name": name, "steps": options.steps, "commit": facts()["commit"]}
             found["predicted"] = predicted(config)
+            if options.gpu:
+                found["computed"] = predicted(config, options.gpu)
             found["seen"] = seen(config, Path(place))
         results.append(found)
         ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]

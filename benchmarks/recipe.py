@@ -6,7 +6,7 @@
 A trial is `truestep train` with the settings of configs/quickstart.toml and those of its name, for
 as many steps as are said there; what counts is the bits per byte of the whole validation text. A
 trial that stands in the output with the same settings is not made again, so a sweep that was cut
-off goes on, and two of them can share an output, each with its own part of the trials.
+off goes on. On two cores `--jobs 2 --threads 1` is the fastest.
 """
 
 import argparse
@@ -16,16 +16,20 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from filelock import FileLock
 from machine import argument_parser, earlier, facts, own_environment, positive, write
+
+from truestep.data.prepare import prepare_once
+from truestep.data.tokenizer import find_tokenizer
 
 BASE = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 STEPS = 900  # of 3072 tokens, as quickstart.toml had it: what shorter trials prefer loses there
+_TEXT = ("source", "tokenizer")
 Settings = dict[str, Any]
 
 
@@ -120,6 +124,23 @@ def trial(settings: Settings, runs: Path) -> dict[str, Any]:
     }
 
 
+def trials(
+    keys: Iterable[dict[str, Any]], runs: Path, jobs: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Make the trial of each key's settings, `jobs` at a time, and yield each as it ends."""
+    keys = list(keys)
+    for source, name in {tuple(key["settings"]["data"][n] for n in _TEXT) for key in keys}:
+        # Once for all: of trials that begin together each would do it.
+        prepare_once(source, runs / ".data", tokenizer=find_tokenizer(name), say=print)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(trial, key["settings"], runs): key for key in keys}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def best(results: list[dict[str, Any]], group: str, count: int) -> list[str]:
     """Return the names of the trials with the least bits per byte on seed 0."""
     of_group = [r for r in results if (r["group"], r["seed"]) == (group, 0)]
@@ -158,18 +179,17 @@ def main() -> None:
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--best", type=positive, help="only so many, those best on seed 0")
     some.add_argument("--names", nargs="+", choices=every, help="only these", metavar="NAME")
-    parser.add_argument("--threads", type=positive, help="of a trial; two of one each go faster")
+    parser.add_argument("--jobs", type=positive, default=1, help="trials at one time")
+    parser.add_argument("--threads", type=positive, help="of a trial")
     options = parser.parse_args()
+    results = earlier(options.output, "trials")
+    commit = facts()["commit"]
     with tempfile.TemporaryDirectory() as runs:
-        for key in wanted(options, earlier(options.output, "trials")):
-            commit = facts()["commit"]
-            found = trial(key["settings"], Path(runs))
-            if options.output:
-                with FileLock(f"{options.output}.lock"):
-                    others = earlier(options.output, "trials")
-                    results = [result for result in others if not _same(result, key)]
-                    results.append({**key, **found, "commit": commit})
-                    write(options.output, {"trials": results})
+        keys = list(wanted(options, results))
+        for key, found in trials(keys, Path(runs), options.jobs):
+            results = [result for result in results if not _same(result, key)]
+            results.append({**key, **found, "commit": commit})
+            write(options.output, {"trials": results})
             print(
                 f"{key['group']:7} {key['name']:34} seed {key['seed']} "
                 f"{found['bits_per_byte']:.4f} bits per byte {found['step_ms']:8.1f} ms a step "

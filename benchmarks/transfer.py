@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import argument_parser, earlier, facts, positive, write
-from recipe import BASE, merged, trial
+from recipe import BASE, merged, trials
 
 HEADS = {64: 1, 128: 2, 256: 4}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -36,20 +36,24 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--data", default="stdlib", help="what to train on")
     parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--jobs", type=positive, default=1, help="trials at one time")
     options = parser.parse_args()
     results = earlier(options.output, "trials")
     base = tomllib.loads(BASE.read_text(encoding="utf-8"))
     base["data"]["source"] = options.data
+    keys = []
+    for width, factor in itertools.product(HEADS, FACTORS):
+        key = {"data": options.data, "steps": options.steps, "width": width, "factor": factor}
+        key["settings"] = settings(base, width, factor, options.steps)
+        if not any(key.items() <= result.items() for result in results):
+            keys.append(key)
+    commit = facts()["commit"]
     with tempfile.TemporaryDirectory() as runs:
-        for width, factor in itertools.product(HEADS, FACTORS):
-            key = {"data": options.data, "steps": options.steps, "width": width, "factor": factor}
-            key["settings"] = settings(base, width, factor, options.steps)
-            if any(key.items() <= result.items() for result in results):
-                continue
-            commit = facts()["commit"]
-            found = trial(key["settings"], Path(runs))
+        for key, found in trials(keys, Path(runs), options.jobs):
             results.append({**key, **found, "commit": commit})
-            print(f"width {width} x{factor}: {found['bits_per_byte']:.4f}", flush=True)
+            print(
+                f"width {key['width']} x{key['factor']}: {found['bits_per_byte']:.4f}", flush=True
+            )
             write(options.output, {"trials": results})
 
 

@@ -1,10 +1,14 @@
 """What only a CUDA device can show; without one, each test says so."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from truestep import GPT, Batch, GPTConfig, Trainer, TrainingConfig
+from truestep.cli import main
 from truestep.model.gpt import DEFERRED_VOCAB_SIZE
 from truestep.training.optim import skips_on_device
 
@@ -102,3 +106,83 @@ def test_a_compiled_step_is_one_graph_and_compiled_once(trainer, recwarn):
             compiled.training_step(batch(seed))
             compiled.evaluate([batch(seed)])
     assert not [warning for warning in recwarn if "runs uncompiled" in str(warning.message)]
+
+
+@pytest.fixture
+def little_memory():
+    """A process that may take a hundredth of the device: more ends in a real error."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.01)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def test_memory_that_truly_ends_splits_the_step_and_leaves_no_trace(little_memory):
+    config = GPTConfig(vocab_size=512, num_layers=4, num_heads=4, width=256, context_length=256)
+    settings = TrainingConfig(deterministic="on", micro_batch_size=1024)
+    generator = torch.Generator().manual_seed(0)
+    large = Batch.of(torch.randint(512, (1024, 257), generator=generator))
+    torch.manual_seed(0)
+    trainer = Trainer(GPT(config), settings, device="cuda", sinks=[])
+    with pytest.warns(UserWarning, match="the memory of cuda ended in step 1 with"):
+        metrics = trainer.training_step(large)
+    size = trainer.config.micro_batch_size
+    assert size < 1024
+    torch.manual_seed(0)
+    smaller = settings.model_copy(update={"micro_batch_size": size})
+    other = Trainer(GPT(config), smaller, device="cuda", sinks=[])
+    assert other.training_step(large).loss == metrics.loss
+    pairs = zip(trainer.model.parameters(), other.model.parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+
+
+TINY = """
+[training]
+num_steps = 8
+micro_batch_size = 3
+deterministic = "on"
+[model]
+context_length = 32
+num_layers = 2
+num_heads = 2
+width = 64
+dropout = 0.1
+[data]
+batch_size = 4
+[run]
+device = "cuda"
+evaluate_every = 4
+save_every = 4
+log_every = 1
+sample_tokens = 4
+"""
+
+
+@pytest.mark.parametrize("compile_", ["off", "on"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-512"])
+def test_a_run_resumes_and_replays_with_the_same_bits(tmp_path, monkeypatch, compile_, tokenizer):
+    """Law 8, on one GPU with deterministic algorithms."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("".join(f"{n} sheep, {n * n} goats\n" for n in range(4000)))
+    Path("tiny.toml").write_text(TINY)
+    settings = ["--training.compile", compile_, "--data.tokenizer", tokenizer]
+    for name in ("one", "two"):
+        assert (
+            main(["train", "tiny.toml", "--data", "text.txt", "--run.name", name, *settings]) == 0
+        )
+    one, two = Path("runs/one"), Path("runs/two")
+    assert main(["replay", str(one), "--step", "1", "--to", "8"]) == 0
+    shutil.rmtree(two / "checkpoints/step-8")
+    assert main(["train", "--resume", str(two)]) == 0
+    for checkpoint in ("step-4", "step-8"):
+        weights = [run / "checkpoints" / checkpoint / "model.safetensors" for run in (one, two)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_plan_measures_the_device_and_says_which_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("a b c d e f g h i j\n" * 2000)
+    Path("tiny.toml").write_text(TINY)
+    assert main(["plan", "tiny.toml", "--data", "text.txt"]) == 0
+    assert torch.cuda.get_device_name() in capsys.readouterr().out

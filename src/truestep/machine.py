@@ -32,6 +32,13 @@ def processor_name() -> str:
     return f"{name}, {cores} cores"
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a device is called by its maker, where torch knows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return processor_name() if device.type == "cpu" else str(device)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return how much memory the process may still take on a device; None where nobody says."""
     if device.type == "cuda":
@@ -85,6 +92,13 @@ def accelerator_is_full(error: BaseException) -> bool:
     """Say whether an error is an accelerator's that has no more memory; a CPU raises others."""
     signs = ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` begin anew on an accelerator; of a CPU it tells that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:

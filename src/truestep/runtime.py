@@ -214,6 +214,9 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         flags.fill_uninitialized_memory,
     )
+    if torch.cuda.is_available():
+        # Without it cuBLAS may choose another workspace each time, and torch refuses its products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     flags.fill_uninitialized_memory = False
     try:

@@ -10,7 +10,7 @@ import torch
 
 from truestep.batch import Batch
 from truestep.gpus import ASSUMED_UTILIZATION, GPU
-from truestep.machine import free_bytes, measure_peak_flops
+from truestep.machine import forget_peak, free_bytes, measure_peak_flops
 from truestep.metrics import model_flops_utilization
 from truestep.observe.text import format_bytes
 from truestep.training.footprint import (
@@ -77,6 +77,9 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
 
     `batch_at(step)` gives batches of the size and length that training will have.
     """
+    dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
+    peak_flops_per_second = measure_peak_flops(trainer.device, dtype)
+    forget_peak(trainer.device)  # those matrices are no part of a run
     first = batch_at(0)
     trainer.prepare(first)
     largest = _largest_micro_batch(trainer, first)
@@ -85,7 +88,6 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
         held = footprint(trainer.model, first, _rows(trainer, first), trainer.precision)
     except NotTraceableError:
         held = None
-    dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     return Estimate(
         num_parameters=sum(p.numel() for p in trainer.model.parameters()),
         flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
@@ -95,7 +97,7 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
         largest_micro_batch=largest,
         first_step=first_step,
         step=step,
-        peak_flops_per_second=measure_peak_flops(trainer.device, dtype),
+        peak_flops_per_second=peak_flops_per_second,
     )
 
 

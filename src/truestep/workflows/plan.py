@@ -13,7 +13,7 @@ from truestep import compiler, runtime
 from truestep.config import RunConfig, TrainingConfig
 from truestep.data.corpus import Say
 from truestep.gpus import GPU
-from truestep.machine import peak_bytes, processor_name
+from truestep.machine import device_name, peak_bytes
 from truestep.observe.text import format_duration
 from truestep.storage import LOCAL, replace_file
 from truestep.training.estimate import Estimate, computed_estimate, estimate
@@ -99,8 +99,8 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     )
     planned = training.config.model_copy(update={"training": resolved})
     validation = _seconds_of_validation(replace(training, config=planned))
-    machine = processor_name() if trainer.device.type == "cpu" else str(trainer.device)
-    return Plan(planned, found, start, validation, peak_bytes(trainer.device), machine)
+    machine, peak = device_name(trainer.device), peak_bytes(trainer.device)
+    return Plan(planned, found, start, validation, peak, machine)
 
 
 def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
