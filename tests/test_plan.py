@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_cli import TINY
 
+import truestep.loss as loss_module
 from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compiler
 from truestep.batch import Batch
 from truestep.cli import main
@@ -55,7 +56,10 @@ def needed_bytes(model, batch, rows, arithmetic):
 
 
 def size_that_fits(trainer):
-    return micro_batch_that_fits(trainer.model, trainer.optimizer, batch_at(0), trainer.precision)
+    asked = trainer.config.micro_batch_size
+    return micro_batch_that_fits(
+        trainer.model, trainer.optimizer, batch_at(0), trainer.precision, asked
+    )
 
 
 def test_an_estimate_is_made_of_the_models_own_numbers(monkeypatch):
@@ -283,23 +287,55 @@ def test_what_is_free_decides_how_a_batch_is_split(monkeypatch, recwarn, free, s
     assert trainer.config.micro_batch_size == "auto"
 
 
-def test_a_large_batch_far_beyond_the_room_is_not_traced(monkeypatch):
-    """Tracing takes in proportion to rows and logits: 256 rows of GPT-2 took ten seconds."""
-    for module in ("loss", "training.footprint", "training.micro_batch"):
-        monkeypatch.setattr(f"truestep.{module}.LOGITS_PER_CHUNK", 2**16)  # four of a row
+def test_a_large_batch_is_looked_at_in_few_chunks_that_hide_little(monkeypatch):
+    """Each chunk of logits takes milliseconds to trace: 8,000 windows of W2 took a minute."""
+    for module in ("loss", "training.footprint"):
+        monkeypatch.setattr(f"truestep.{module}.LOGITS_PER_CHUNK", 2**14)  # 16 of a row
     wide = GPT(GPTConfig(vocab_size=2**13, context_length=32, num_layers=8, num_heads=2, width=32))
-    batch = Batch.of(torch.zeros(64, 33, dtype=torch.long))
-    taken = [needed_bytes(wide, batch, rows, "gpu") for rows in (1, 2, 3, 4, 8, 16)]
-    for rows, needed in zip((3, 4, 8, 16), taken[2:], strict=True):
-        assert taken[0] + (rows - 1) * (taken[1] - taken[0]) <= needed
-    asked = []
+    batch = Batch.of(torch.zeros(32, 33, dtype=torch.long))
+    calls, chunk = [], loss_module._chunk_with_gradients
     monkeypatch.setattr(
-        "truestep.training.micro_batch.footprint",
-        lambda *arguments: asked.append(arguments[2]) or footprint(*arguments),
+        loss_module,
+        "_chunk_with_gradients",
+        lambda *tensors: calls.append(1) or chunk(*tensors),
     )
-    assert largest_that_fits(wide, batch, taken[4], "gpu", limit=64) == 8
-    assert max(asked) < 16
-    assert largest_that_fits(wide, batch, 2**40, "gpu", limit=64) == 64
+    found = needed_bytes(wide, batch, 32, "gpu")
+    assert len(calls) == 64
+    monkeypatch.setattr("truestep.training.footprint._MOST_CHUNKS", 10**6)
+    exact = needed_bytes(wide, batch, 32, "gpu")
+    assert len(calls) == 64 + 16 * 32
+    assert exact <= found <= 1.05 * exact
+
+
+def test_micro_batches_that_were_asked_for_are_kept_and_said_not_to_fit(monkeypatch):
+    config = TrainingConfig(precision="float32", compile="off", micro_batch_size=3)
+    trainer = Trainer(model(), config, sinks=[])
+    room = bytes_to_come(trainer.model, trainer.optimizer)
+    free = room + needed_bytes(trainer.model, batch_at(0), 2, "float32")
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: free)
+    message = "training.micro_batch_size=3 needs about .*, and one row .*; .* free, .*; 2 would"
+    with pytest.warns(UserWarning, match=message):
+        assert size_that_fits(trainer) == 3
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: room)
+    with pytest.warns(UserWarning, match="may not fit; use a smaller model or shorter windows"):
+        assert size_that_fits(trainer) == 3
+    monkeypatch.setattr("truestep.training.micro_batch.free_bytes", lambda _: 2**40)
+    assert size_that_fits(trainer) == 3
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_model_that_does_not_fit_even_without_a_batch_is_refused(monkeypatch, capsys, command):
+    """Its weights are not drawn: that takes minutes, and then the system ends the process."""
+    text = [command, "tiny.toml", "--data", "text.txt"]
+    monkeypatch.setattr("truestep.workflows.build.build_trainer", lambda _: pytest.fail("drawn"))
+    monkeypatch.setattr("truestep.workflows.build.free_bytes", lambda _: 2**20)
+    assert main([*text, "--model.width", "256"]) == 2
+    assert re.fullmatch(
+        r"error: a model of [\d,]{7,} parameters does not fit: its weights, gradients and "
+        r"moments, and the copy that is saved, take [\d.,]+ \w+, and .* are free; use a smaller "
+        r"model.width or fewer model.num_layers\n",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.parametrize(
@@ -565,7 +601,7 @@ def test_few_rows_that_take_nothing_beside_the_gradients_mislead_nobody(monkeypa
 
     def taken(model, batch, rows, arithmetic):
         asked.append(rows)
-        return Footprint(int((max(10**9, 10**7 * rows) + rows) / 1.25), 0)
+        return Footprint(0, 0, max(10**9, 10**7 * rows) + rows)
 
     monkeypatch.setattr("truestep.training.micro_batch.footprint", taken)
     assert 4850 <= largest_micro_batch(model(), batch_at(0), 5 * 10**10, "gpu") <= 5000

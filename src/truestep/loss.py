@@ -49,7 +49,7 @@ def compute_loss(
     labels = targets.flatten().long()
     if isinstance(logits, DeferredLogits):
         hidden = logits.hidden.flatten(0, 1)
-        total = _linear_cross_entropy_sum(hidden, logits.weight, labels)
+        total = linear_cross_entropy_sum(hidden, logits.weight, labels)
     else:
         total = _cross_entropy(logits.flatten(0, 1), labels).sum()
     if num_tokens is None:
@@ -83,10 +83,14 @@ def _cross_entropy(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Te
 
 
 def _chunks(
-    hidden: Float[Tensor, "N D"], labels: Int[Tensor, "N"], vocab_size: int
+    hidden: Float[Tensor, "N D"],
+    labels: Int[Tensor, "N"],
+    vocab_size: int,
+    most_chunks: int | None = None,
 ) -> Iterator[tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]]:
     """Cut rows and labels into parts whose logits are small enough to exist at one time."""
     count = max(1, -(-len(hidden) * vocab_size // LOGITS_PER_CHUNK))
+    count = count if most_chunks is None else min(count, most_chunks)
     return zip(hidden.chunk(count), labels.chunk(count), strict=True)
 
 
@@ -99,15 +103,21 @@ def _linear_cross_entropy(
     return torch.cat([_cross_entropy(F.linear(rows, weight), part) for rows, part in chunks])
 
 
-def _linear_cross_entropy_sum(
-    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "N"]
+def linear_cross_entropy_sum(
+    hidden: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, "N"],
+    most_chunks: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum the cross-entropy of `hidden @ weight.T`, with gradients if they are wanted."""
+    """Sum the cross-entropy of `hidden @ weight.T`, with gradients if they are wanted.
+
+    In no more than `most_chunks`, if given, however large they are: where nothing is computed.
+    """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return _linear_cross_entropy(hidden, weight, labels).sum()
     if hidden.dtype == torch.float16:  # its range does not hold what is unnormalised
         hidden = hidden.float()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, most_chunks)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -124,6 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Float[Tensor, "N D"],
         weight: Float[Tensor, "V D"],
         labels: Int[Tensor, "N"],
+        most_chunks: int | None,
     ) -> Float[Tensor, ""]:
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         product_weight = weight.to(hidden.dtype)
@@ -132,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # a frozen head costs no product
             weight_grad = torch.zeros(weight.shape[::-1], dtype=sum_dtype, device=weight.device)
         hidden_grads: list[Tensor] = []
-        for rows, part in _chunks(hidden, labels, len(weight)):
+        for rows, part in _chunks(hidden, labels, len(weight), most_chunks):
             if hidden_grads:
                 # Adds nothing. Asked for now, the last chunk's gradient no longer holds the sums
                 # that came with it: the compiler else keeps those of every chunk from the 60th on.
@@ -146,13 +157,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, ""]) -> tuple[Tensor, Tensor | None, None, None]:
         if torch.is_grad_enabled():  # create_graph=True, but what forward computed has no graph
             raise RuntimeError("deferred logits can be differentiated once; use plain logits")
         (hidden_grad, weight_grad), (hidden_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
         if weight_grad is not None:
             weight_grad = (weight_grad.T * grad).to(weight_dtype).contiguous()
-        return (hidden_grad * grad).to(hidden_dtype), weight_grad, None
+        return (hidden_grad * grad).to(hidden_dtype), weight_grad, None, None
 
 
 @torch.compiler.nested_compile_region  # compiled once, however many chunks there are

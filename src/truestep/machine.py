@@ -95,7 +95,7 @@ def accelerator_is_full(error: BaseException) -> bool:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_bytes` begin anew on an accelerator; of a CPU it tells that of the whole process."""
+    """Let `peak_bytes` begin anew on an accelerator; a CPU knows it of the whole process alone."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from truestep.batch import Batch
-from truestep.loss import LOGITS_PER_CHUNK
 from truestep.machine import free_bytes
 from truestep.observe.text import count, format_bytes
-from truestep.training.footprint import Arithmetic, Footprint, bytes_to_come, footprint
+from truestep.training.footprint import Arithmetic, bytes_to_come, footprint
 from truestep.training.probe import NotTraceableError
 
 
@@ -21,11 +20,7 @@ def largest_micro_batch(model: nn.Module, batch: Batch, room: int, arithmetic: A
 
     0 if not even one does. Errors: as for `footprint`.
     """
-    whole = _whole_steps(model, batch, arithmetic)
-
-    def needed(rows: int) -> int:
-        return whole(rows).needed
-
+    needed = _whole_steps(model, batch, arithmetic)
     low, least = 1, needed(1)
     if least > room:
         return 0
@@ -52,15 +47,14 @@ def largest_that_fits(
     the fewest parts, the last of them shorter. 0 if not one fits. Errors: as for `footprint`.
     """
     rows = len(batch.tokens)
-    if limit >= rows and _needed(_whole_steps(model, batch, arithmetic), rows, room) <= room:
+    if limit >= rows and _whole_steps(model, batch, arithmetic)(rows) <= room:
         return rows  # which may take less than a part of it: that finds gradients there
 
-    def parts(size: int) -> Footprint:
-        return footprint(model, batch, size, arithmetic)
+    def needed(size: int) -> int:
+        return footprint(model, batch, size, arithmetic).needed
 
-    least = _at_least(parts)
-    sizes = [n for n in range(1, min(limit, rows - 1) + 1) if rows % n == 0 and least(n) <= room]
-    fitting = bisect_right(sizes, room, key=lambda size: parts(size).needed)
+    sizes = [size for size in range(1, min(limit, rows - 1) + 1) if rows % size == 0]
+    fitting = bisect_right(sizes, room, key=needed)
     if not fitting:
         return 0
     size = sizes[fitting - 1]
@@ -69,37 +63,16 @@ def largest_that_fits(
     if ceiling < 2 * size:
         return size
     counts = range(-(-rows // ceiling), rows // size + 1)
-    fewest = bisect_left(counts, True, key=lambda n: parts(-(-rows // n)).needed <= room)
+    fewest = bisect_left(counts, True, key=lambda n: needed(-(-rows // n)) <= room)
     most = -(-rows // counts[fewest])
     return most if most >= 2 * size else size
 
 
-def _whole_steps(
-    model: nn.Module, batch: Batch, arithmetic: Arithmetic
-) -> Callable[[int], Footprint]:
+def _whole_steps(model: nn.Module, batch: Batch, arithmetic: Arithmetic) -> Callable[[int], int]:
     """Return what a step in one go takes as a function of its rows, which are like the batch's."""
     inputs = {name: value[:1] for name, value in batch.inputs.items()}
     row = Batch(batch.tokens[:1], batch.targets[:1], inputs)
-    return lambda rows: footprint(model, row, rows, arithmetic)
-
-
-def _needed(footprint_of: Callable[[int], Footprint], rows: int, room: int) -> int:
-    """Return what so many rows take, or, where that is beyond the room, at least take."""
-    least = _at_least(footprint_of)(rows)
-    return least if least > room else footprint_of(rows).needed
-
-
-def _at_least(footprint_of: Callable[[int], Footprint]) -> Callable[[int], int]:
-    """Return a bound of what rows take, where tracing many of them would take seconds or minutes.
-
-    That is where one row has a chunk of logits or more. A peak is then the greatest of several sums
-    that grow with the rows, and nowhere below the line through what one and two of them take.
-    """
-    one = footprint_of(1)
-    if one.logits < 4 * LOGITS_PER_CHUNK:
-        return lambda _: 0
-    per_row = footprint_of(2).needed - one.needed
-    return lambda rows: one.needed + (rows - 1) * per_row
+    return lambda rows: footprint(model, row, rows, arithmetic).needed
 
 
 def micro_batch_that_fits(
@@ -107,23 +80,38 @@ def micro_batch_that_fits(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     precision: Literal["float32", "bfloat16"],
+    asked: int | Literal["auto"],
 ) -> int:
-    """Return the rows of the batch where a step of them fits into what is free, or is not known to.
+    """Return how many rows a micro-batch is to have: those asked for, or by auto the most.
 
-    Else what `largest_that_fits` says, or 1 where nothing does, said by a warning.
+    By auto that is the whole batch where it fits into what is free, or is not known to; else what
+    `largest_that_fits` says, or 1 where nothing does. A warning says what does not fit.
     """
     rows, free = len(batch.tokens), free_bytes(next(model.parameters()).device)
+    wanted = rows if asked == "auto" else asked
     if free is None:
-        return rows
+        return wanted
     room = max(0, free - bytes_to_come(model, optimizer))
     try:
-        needed = _needed(_whole_steps(model, batch, precision), rows, room)
+        if wanted >= rows:
+            needed = _whole_steps(model, batch, precision)(rows)
+        else:
+            needed = footprint(model, batch, wanted, precision).needed
         if needed <= room:
-            return rows
-        size = largest_that_fits(model, batch, room, precision, limit=rows - 1)
+            return wanted
+        size = largest_that_fits(model, batch, room, precision, limit=min(wanted, rows) - 1)
         least = footprint(model, batch, 1, precision).needed
     except NotTraceableError:
-        return rows
+        return wanted
+    if asked != "auto":
+        one = f", and one row {format_bytes(least)}" if wanted > 1 else ""
+        warnings.warn(
+            f"training.micro_batch_size={asked} needs about {format_bytes(needed)}{one}; "
+            f"{format_bytes(room)} are free, and it may not fit; "
+            + (f"{size} would" if size else "use a smaller model or shorter windows"),
+            stacklevel=2,
+        )
+        return wanted
     if size:
         split = (
             f"it is split into micro-batches of {size:,}, which changes neither loss nor gradient, "

@@ -23,6 +23,8 @@ from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
 from truestep.storage import explain
+from truestep.training.compose import build_optimizer
+from truestep.training.footprint import state_bytes
 from truestep.training.micro_batch import micro_batch_that_fits
 from truestep.training.trainer import Trainer
 from truestep.workflows.resources import run_flops
@@ -51,11 +53,13 @@ class Training:
         return replace(self, config=self.config.model_copy(update={"run": run}))
 
 
-def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None) -> Training:
+def build(
+    config: RunConfig, runs: Path, say: Say, existing: Path | None = None, *, trains: bool = True
+) -> Training:
     """Set this process up and return what a run with these settings trains with, at step 0.
 
     Its data is prepared once below `runs`, the directory of all runs; with the tokenizer of the
-    `existing` run, if it goes on.
+    `existing` run, if it goes on. What is not to train here need not fit into memory.
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
     _require_room_for_a_batch(config)
@@ -72,6 +76,8 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
             "data": config.data.model_copy(update={"tokenizer": data.tokenizer.name}),
         }
     )
+    if trains:
+        _require_room_for_the_model(config, device)
     loader = WindowLoader(
         data.train,
         context_length=config.model.context_length,
@@ -82,8 +88,8 @@ def build(config: RunConfig, runs: Path, say: Say, existing: Path | None = None)
     model, trainer = build_trainer(config)
     trainer.prepare(first)
     size = trainer.config.micro_batch_size
-    if size == "auto":
-        size = micro_batch_that_fits(model, trainer.optimizer, first, trainer.precision)
+    if trains:
+        size = micro_batch_that_fits(model, trainer.optimizer, first, trainer.precision, size)
     trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
     config = config.model_copy(
         update={
@@ -105,6 +111,24 @@ def _require_room_for_a_batch(config: RunConfig) -> None:
             f"data.batch_size={rows}: tokens and targets of such a batch take "
             f"{format_bytes(rows * each)}, and {format_bytes(free)} are free; use at most "
             f"{free // each}"
+        )
+
+
+def _require_room_for_the_model(config: RunConfig, device: torch.device) -> None:
+    """Refuse a model whose training does not fit even without a batch. Errors: RunError."""
+    free = free_bytes(device)
+    with torch.device("meta"):
+        model = GPT(config.model)
+    state = state_bytes(model, build_optimizer(model, config.training))
+    needed, copy = sum(state), ""
+    if device.type == "cpu":
+        needed, copy = needed + state.weights + state.moments, ", and the copy that is saved,"
+    if free is not None and needed > free:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        raise RunError(
+            f"a model of {parameters:,} parameters does not fit: its weights, gradients "
+            f"and moments{copy} take {format_bytes(needed)}, and {format_bytes(free)} are free; "
+            "use a smaller model.width or fewer model.num_layers"
         )
 
 

@@ -128,6 +128,7 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
             config.model_copy(update={"training": here, "run": cpu}),
             Path(config.run.directory),
             say,
+            trains=False,
         )
     say("computing what a step takes")
     found = computed_estimate(
