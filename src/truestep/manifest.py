@@ -14,6 +14,7 @@ from typing import Any
 from truestep.storage import (
     BLOCK_BYTES,
     LOCAL,
+    UNFINISHED,
     FileRecord,
     Storage,
     StorageError,
@@ -45,6 +46,7 @@ class DirectoryWriter:
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> "DirectoryWriter":
+        UNFINISHED.add(self.temporary)
         self.storage.make_directory(self.temporary)
         return self
 
@@ -66,6 +68,7 @@ class DirectoryWriter:
 
     def __exit__(self, *exception: object) -> None:
         discard(self.storage, self.temporary)
+        UNFINISHED.discard(self.temporary)
 
 
 def read_manifest(

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 TEMPORARY_PREFIX = ".tmp-"
 BLOCK_BYTES = 2**20
+UNFINISHED: set[Path] = set()
+"""Directories that a signal, which ends the process at once, must not leave behind."""
 
 
 class StorageError(OSError):
@@ -175,6 +177,12 @@ def replace_file(storage: Storage, path: Path, data: bytes) -> None:
     finally:
         discard(storage, temporary)
     storage.sync_directory(path.parent)
+
+
+def remove_unfinished() -> None:
+    """Remove what is UNFINISHED, before a process ends without unwinding."""
+    for path in tuple(UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(storage: Storage, path: Path) -> None:

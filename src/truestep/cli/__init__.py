@@ -37,5 +37,7 @@ def say_when_interrupted(text: str) -> None:
 
 
 def _leave(number: int, _: object, text: str = "") -> None:
+    if storage := sys.modules.get("truestep.storage"):
+        storage.remove_unfinished()
     os.write(2, f"error: interrupted{text}\n".encode("ascii", "backslashreplace"))
     os._exit(128 + number)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,9 @@ class BytePairs:
             show_progress=False,
         )
         with tokenizers_on_one_thread():
-            backend.train_from_iterator(texts, trainer)
+            # The library lets no signal through until it is done; a thread of its own does.
+            pool = ThreadPoolExecutor(1)
+            pool.submit(backend.train_from_iterator, texts, trainer).result()
         model = json.loads(backend.to_str())["model"]
         return BytePairTokenizer(self.name, _as_json(model["vocab"], model["merges"]).encode())
 

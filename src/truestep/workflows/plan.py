@@ -15,7 +15,7 @@ from truestep.data.corpus import Say
 from truestep.gpus import GPU
 from truestep.machine import device_name, peak_bytes
 from truestep.observe.text import format_duration
-from truestep.storage import LOCAL, replace_file
+from truestep.storage import LOCAL, UNFINISHED, replace_file
 from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.training.schedule import resolve_decay_steps
 from truestep.workflows.build import Training, build, open_data
@@ -217,13 +217,13 @@ def _seconds_of_validation(training: Training) -> float:
     """Return how long one on the way takes, with its sample and the save that follows it."""
     longer = training.config.training.model_copy(update={"num_steps": training.trainer.step + 1})
     on_the_way = replace(training, config=training.config.model_copy(update={"training": longer}))
-    with (
-        tempfile.TemporaryDirectory(dir=training.config.run.directory, prefix=".plan-") as place,
-        Session(Path(place), on_the_way, _Silent()) as session,
-    ):
-        began = time.perf_counter()
-        session.validate(training.trainer)
-        return time.perf_counter() - began
+    runs = training.config.run.directory
+    with tempfile.TemporaryDirectory(dir=runs, prefix=".plan-") as place:
+        UNFINISHED.add(Path(place))
+        with Session(Path(place), on_the_way, _Silent()) as session:
+            began = time.perf_counter()
+            session.validate(training.trainer)
+            return time.perf_counter() - began
 
 
 def write_config(path: Path, config: RunConfig) -> None:
