@@ -121,8 +121,17 @@ def planned(num_steps=1000, evaluate_every=100, **changes):
         step=0.5,
         peak_flops_per_second=1e11,
     )
-    config = RunConfig(training={"num_steps": num_steps}, run={"evaluate_every": evaluate_every})
-    return replace(Plan(config, found, 3.0, 2.0, None, "a machine"), **changes)
+    config = RunConfig(
+        training={"num_steps": num_steps},
+        model={"vocab_size": 256},
+        run={"evaluate_every": evaluate_every},
+    )
+    return replace(Plan(config, found, 3.0, 2.0, None, "a machine", 10**6), **changes)
+
+
+def test_a_plan_says_how_often_the_text_is_read():
+    (line,) = (line for line in lines_of(planned(num_steps=2500)) if line.startswith("text "))
+    assert line == "text        1,000,000 tokens of auto, 256 ids; read 2.5 times"
 
 
 def test_the_time_of_a_run_is_the_sum_of_its_parts():

@@ -1,11 +1,14 @@
 """Settings: precedence, one-line errors that name source, field, rule and remedy, documentation."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import tomli_w
 
 from truestep import ConfigError, GPTConfig, RunConfig, TrainingConfig
+from truestep.cli import main
 from truestep.config import resolve
 from truestep.settings import settings
 from truestep.workflows.history import difference
@@ -172,3 +175,48 @@ def test_there_is_a_json_schema_of_every_setting():
     for setting in settings(RunConfig):
         assert f'"{setting.name.split(".")[-1]}"' in text
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nwidth = 33", "x.toml: model.width=33 does not give num_heads"),
+        ("[training]\nnum_steps = true", "x.toml: training.num_steps=true is true"),
+        ("[training]\nbetas = [0.9]", "x.toml: training.betas=[0.9] must be float, float"),
+    ],
+)
+def test_an_error_names_the_setting_and_where_it_stands(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("x.toml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resolve({}, {}, Path("x.toml"))
+
+
+def test_an_empty_list_is_no_settings(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ConfigError, match=re.escape('no table of settings; write {"section": {}}')):
+        resolve({}, {}, tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--training.betas 0.9", "--training.betas=0.9 is too few; it takes 2 values"),
+        ("--model.qk-norm true", "true is not understood: true and false are written"),
+        ("--data a --data.source b", "--data=a and --data.source=b name two texts"),
+        ("--data no.txt", "docstrings; looked for in '"),
+    ],
+)
+def test_the_command_line_is_answered_in_its_own_words(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("x.toml").touch()
+    assert main(["train", "x.toml", *arguments.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_no_setting_is_proposed_for_a_variable_like_none(monkeypatch):
+    with pytest.raises(ConfigError, match="TRUESTEP_FOO names no setting; see `truestep train"):
+        resolve({}, {"TRUESTEP_FOO": "3"})

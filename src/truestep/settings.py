@@ -148,7 +148,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _file_error(path, f"is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(values, dict):
-        raise _file_error(path, "holds no table of settings; write key = value lines")
+        remedy = "write key = value lines" if path.suffix == ".toml" else 'write {"section": {}}'
+        raise _file_error(path, f"holds no table of settings; {remedy}")
     return values
 
 
@@ -189,7 +190,7 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
             continue
         if variable not in known:
             ending = [name for name in known if name.endswith(variable.split("_", 1)[1])]
-            hint = nearest(variable, ending[:1] or known)
+            hint = nearest(variable, ending[:1] or known, alike=0.75)  # the prefix is in all
             problem = f"environment variable {variable} names no setting{hint}"
             raise ConfigError([Problem((), problem)])
         table = values
@@ -262,10 +263,13 @@ def explain(
         elif detail["type"] == "extra_forbidden":
             hint = nearest(name, config.model_fields)
             problems.append(Problem((name,), f"{shown(name)} is not a setting{hint}"))
-        elif cause is not None:  # a rule of ours between several fields, a whole sentence
-            problems.append(Problem((), str(cause)))
+        elif cause is not None:  # a rule of ours, a whole sentence, which begins with a field
+            field = str(cause).partition("=")[0]
+            problems.append(Problem((field,) * (field in config.model_fields), str(cause)))
         else:
             rule = detail["msg"].removeprefix("Input should be ")
+            if detail["type"] in {"missing", "too_long"}:  # of numbers that belong together
+                rule = _type_text(config.model_fields[name].annotation)
             rules.setdefault(name, []).append(rule[:1].lower() + rule[1:])
     for name, alternatives in rules.items():
         text = (
@@ -283,9 +287,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], alike: float = 0.5) -> str:
     """Return the hint that ends an error about an unknown name."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=alike)
     return f"; did you mean {matches[0]}?" if matches else "; see `truestep train --help`"
 
 

@@ -3,11 +3,11 @@
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import CycloptsError, Group, Parameter
+from cyclopts import CycloptsError, Group, MissingArgumentError, Parameter, UnusedCliTokensError
 from pydantic import ValidationError, create_model
 
 from truestep.config import RunConfig
-from truestep.settings import Config, ConfigError, explain, section_of
+from truestep.settings import Config, ConfigError, Problem, explain, section_of
 
 _TITLES = {
     "training": "How the model is trained",
@@ -52,6 +52,9 @@ def given(options: Config, data: str | None) -> dict[str, Any]:
     """Return what was given on the command line, nested; `data` is short for data.source."""
     explicit = options.model_dump(exclude_unset=True)
     if data is not None:
+        if (other := explicit.get("data", {}).get("source", data)) != data:
+            text = f"--data={data} and --data.source={other} name two texts; give one"
+            raise ConfigError([Problem((), text)])
         explicit.setdefault("data", {})["source"] = data
     return explicit
 
@@ -64,4 +67,13 @@ def explain_usage(error: CycloptsError) -> str:
         return "\n".join(f"command line: {problem.text}" for problem in problems)
     if isinstance(cause, ConfigError):
         return "\n".join(f"command line: {problem.text}" for problem in cause.problems)
+    if isinstance(error, MissingArgumentError) and error.argument and error.tokens_so_far:
+        option, given = error.argument.name, " ".join(error.tokens_so_far)
+        return f"{option}={given} is too few; it takes {error.argument.token_count()[0]} values"
+    unused = error.unused_tokens if isinstance(error, UnusedCliTokensError) else None
+    if unused and {*unused} <= {"true", "false"}:
+        return (
+            f"{unused[0]} is not understood: true and false are written --section.setting and "
+            "--section.no-setting"
+        )
     return " ".join(str(error).split())

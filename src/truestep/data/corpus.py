@@ -162,7 +162,7 @@ def find_documents(source: str, say: Say = lambda _: None) -> list[Document]:
             raise CorpusError(f"{source!r} {_oddity(source)}")
         raise CorpusError(
             f"{source!r} is neither a file, a directory nor one of "
-            f"{', '.join(BUILT_IN)}{_nearest(source)}"
+            f"{', '.join(BUILT_IN)}; looked for in {os.getcwd()!r}{_nearest(source)}"
         )
     roots = {
         "stdlib": lambda: {"": _stdlib()},

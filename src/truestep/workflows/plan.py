@@ -28,7 +28,7 @@ class Plan:
     """A run before it is run, times in seconds; `config` has what was found instead of auto.
 
     `start` is from the command to the first step, of text that is prepared; `validation` that of
-    each on the way. What was `computed` knows neither.
+    each on the way. What was `computed` knows neither. `train_tokens` is all the text there is.
     """
 
     config: RunConfig
@@ -37,6 +37,7 @@ class Plan:
     validation: float
     peak_bytes: int | None
     machine: str
+    train_tokens: int
     computed: bool = False
 
     def seconds(self, num_steps: int) -> float:
@@ -100,7 +101,8 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     planned = training.config.model_copy(update={"training": resolved})
     validation = _seconds_of_validation(replace(training, config=planned))
     machine, peak = device_name(trainer.device), peak_bytes(trainer.device)
-    return Plan(planned, found, start, validation, peak, machine)
+    tokens = len(training.data.train)
+    return Plan(planned, found, start, validation, peak, machine, tokens)
 
 
 def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
@@ -149,7 +151,8 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
         update={"training": there, "model": training.config.model, "data": training.config.data}
     )
     machine = f"{gpu.title}, by its data sheet"
-    return Plan(planned, found, 0.0, 0.0, peak, machine, computed=True)
+    tokens = len(training.data.train)
+    return Plan(planned, found, 0.0, 0.0, peak, machine, tokens, computed=True)
 
 
 def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 0.0) -> Plan:

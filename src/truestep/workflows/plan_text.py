@@ -31,7 +31,9 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
             f"activations {format_bytes(memory.activations)} (logits {format_bytes(memory.logits)})"
         )
     if plan.peak_bytes is not None:
-        what = "together" if plan.computed else "at the peak of the whole process"
+        what = "together"
+        if not plan.computed:
+            what = "at the peak of the whole process, with what allocators keep"
         yield f"            {format_bytes(plan.peak_bytes)} {what}"
     if found.largest_micro_batch is not None:
         most = count(found.largest_micro_batch, "window")
@@ -49,6 +51,11 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
         decay = f", decay {training.decay_steps}" if training.schedule == "wsd" else ""
         yield f"schedule    {training.schedule}, warm-up {training.warmup_steps}{decay} steps"
     steps = training.num_steps
+    times = steps * found.tokens_per_step / plan.train_tokens
+    yield (
+        f"text        {plan.train_tokens:,} tokens of {config.data.tokenizer}, "
+        f"{config.model.vocab_size:,} ids; read {times:.2g} times"
+    )
     seconds = plan.seconds(steps)
     if plan.computed:
         yield (
