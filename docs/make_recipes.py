@@ -8,23 +8,35 @@ from typing import Any
 
 NANOGPT = ("nanoGPT", "nanoGPT, its 5,000 steps")
 FIGURES = Path(__file__).parent / "figures"
+Bits = dict[tuple[str, str], dict[int, float]]
 
 HEAD = """# Recipes
 
 The settings in [configs/](../configs), how they were found, and what they cost. They are recipes for a few minutes to a night; the library's own defaults are AdamW with 3e-4, 0.1 and (0.9, 0.95).
 """
 
-SEARCH_TEXT = """## The search, unfinished
+SEARCH_TEXT = """## The search
 
-`python benchmarks/recipe.py --output docs/figures/recipe.json` ({machine}, float32, one thread a trial): trials of the length of `make train`, {steps} steps of 3,072 tokens on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was when the search began: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3 (the search began at 5e-3, where it learns little). Each other trial changes one thing, and where that changes the time of a step, it has as many steps as take the same time. The rest of AdamW's half, its best on three seeds, and other texts are still to be made; of AdamW's trials so far none came to the turn to copying that the text below is about.
+`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of the length of `make train`, {steps} steps of 3,072 tokens on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was when the search began: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores in float32 ({machine}, one thread a trial), on the same text; where there are several figures they are seeds 0, 1, 2.
+"""
+
+SAME_TEXT = """
+Two processors, two arithmetics and two releases of torch differ by {median:.3f} in the median of {count} trials, and by {most:.3f} at most.
+"""
+
+OTHERS_TEXT = """
+The best settings of each on other texts, as they were found on the one above, seed 0, on two cores:
+
+| text | Muon, start | AdamW, decay over a fifth |
+|---|---|---|
 """
 
 LESSON = """
 The figures in this section that are in no table are those of single runs, made on the way.
 
-**Tied embeddings are worth more than everything else.** With a head of its own the same model came to 1.405 in 1,000 steps, and to no less with other rates of embeddings and head; tied to the embeddings, to 1.277, and with their rate at 6e-3 to 1.265. Up to step 400 the two losses are the same. Then the tied model learns to copy what stands in its window, names of this file above all, and from step 600 on it is 0.25 nats a token ahead. That is also why short trials mislead: over 450 steps, the end of every schedule comes before this turn, and 2 layers, or embeddings at ten times the rate, look best; at full length both lose.
+**Tied embeddings are worth more than everything else but Muon.** With a head of its own the same model came to 1.405 in 1,000 steps, and to no less with other rates of embeddings and head; tied to the embeddings, to 1.277, and with their rate at 6e-3 to 1.265. Up to step 400 the two losses are the same. Then the tied model learns to copy what stands in its window, names of this file above all, and from step 600 on it is 0.25 nats a token ahead. That is also why short trials mislead: over 450 steps, the end of every schedule comes before this turn, and 2 layers, or embeddings at ten times the rate, look best; at full length both lose.
 
-**One seed tells little.** When the turn comes decides the result, and it is as much a matter of chance as of settings. The three trials that are best on seed 0, within 0.01 of one another, come on seeds 1 and 2 to 1.300 and 1.281 (the start), 1.345 and 1.276 (embeddings and norms at twice the rate), 1.400 and 1.470 (three layers, which turn at step 950 or not at all). So the start is what `make train` runs: it turns in time on every seed, and comes within 0.02 of the same. Given 1,000 steps in place of 900, it comes to 1.265. A rotary base of 500 is 0.04 nats ahead of the start up to its turn, which then comes later. Differences of less than a tenth in the table are no reason to change a setting until they are seen on other seeds. What the table does show: AdamW is 0.3 behind Muon, at the best of three rates; two layers do not turn in time; contexts of 512 turn too late.
+**One seed tells little.** When the turn comes decides the result, and it is as much a matter of chance as of settings. The three trials that are best on seed 0, within 0.01 of one another, come on seeds 1 and 2 to 1.300 and 1.281 (the start), 1.345 and 1.276 (embeddings and norms at twice the rate), 1.400 and 1.470 (three layers, which turn at step 950 or not at all). So the start is what `make train` runs: it turns in time on every seed, and comes within 0.02 of the same. Given 1,000 steps in place of 900, it comes to 1.265. A rotary base of 500 is 0.04 nats ahead of the start up to its turn, which then comes later. Differences of less than a tenth in the table are no reason to change a setting until they are seen on other seeds. What the tables do show: AdamW is 0.25 or more behind Muon, at the best of three rates, and its best trial of all comes to 1.536; two layers do not turn in time; contexts of 512 turn too late.
 
 **What stands in the way is not the training loss.** A thousand steps are one pass over 3.1 million tokens, and held-out files cost 0.3 nats a token more than new windows of files that were partly seen. What lowers the training loss need not lower the other one. Without tied embeddings, against 1.405 (1,000 steps; the first 512 windows of the validation text): a table of 16,384 hashed pairs of tokens, added to the embeddings, 0.05 nats lower in training and 1.451 held out; dropout of 0.1 1.450; each layer's inputs shifted by one token with a learnt share per feature 1.368. With tied embeddings that shift is 0.11 nats lower in training and 0.012 bits per byte held out (1.287 to 1.275): too little for a layer that no public architecture has.
 
@@ -43,7 +55,7 @@ INGREDIENTS = {
 }
 
 INGREDIENTS_TEXT = """
-What the start with Muon loses in bits per byte, in the same time, without one of its ingredients; what is tied to chance, as the text below says, is in these figures too:
+What the start with Muon loses in bits per byte, in the same time, without one of its ingredients, on the H200; what is tied to chance, as the text below says, is in these figures too:
 
 | with | loss |
 |---|---|
@@ -73,33 +85,70 @@ LOSS_TEXT = """## Time to a loss
 
 def search() -> str:
     """Return the tables of the trials, the best of each optimizer first."""
-    record = load("recipe")
+    record, fast = load("recipe"), load("recipe-h200")
     trials = [t for t in record["trials"] if t["data"] == "stdlib"]
+    here, there = _by_name(trials), _by_name(fast["trials"])
     steps = next(t["settings"]["training"]["num_steps"] for t in trials if t["name"] == "start")
     text = SEARCH_TEXT.format(steps=steps, machine=record["machine"])
     for group, title in (("muon", "Muon"), ("adamw", "AdamW")):
-        own = [t for t in trials if t["group"] == group]
-        start = next(t["bits_per_byte"] for t in own if t["name"] == "start" and t["seed"] == 0)
-        rows = ""
-        for trial in sorted((t for t in own if t["seed"] == 0), key=lambda t: t["bits_per_byte"]):
-            same = [t for t in own if t["name"] == trial["name"] and t["seed"]]
-            others = ", ".join(f"{t['bits_per_byte']:.3f}" for t in same)
-            bits = trial["bits_per_byte"]
-            rows += f"| {trial['name']} | {bits:.3f} | {bits - start:+.3f} | {others} |\n"
-        text += f"\n| {title} | bits per byte | to start | other seeds |\n|---|---|---|---|\n{rows}"
-    return f"\n{text}{ingredients(trials)}{LESSON}"
+        text += f"\n| {title} | H200 | two cores |\n|---|---|---|\n"
+        own = [name for of, name in there if of == group]
+        for key in sorted(((group, name) for name in own), key=lambda key: there[key][0]):
+            cells = (
+                ", ".join(f"{bits:.3f}" for _, bits in sorted(found.get(key, {}).items()))
+                for found in (there, here)
+            )
+            text += f"| {key[1]} | {' | '.join(cells)} |\n"
+    differences = [
+        abs(bits - there[key][seed])
+        for key, found in here.items()
+        for seed, bits in found.items()
+        if seed in there.get(key, {})
+    ]
+    text += SAME_TEXT.format(
+        median=statistics.median(differences), most=max(differences), count=len(differences)
+    )
+    return f"\n{text}{ingredients(there, here)}{other_texts(record)}{LESSON}"
 
 
-def ingredients(trials: list[Any]) -> str:
+def _by_name(trials: list[Any]) -> Bits:
+    """Return bits per byte by group and name, and then by seed."""
+    found: Bits = {}
+    for trial in trials:
+        by_seed = found.setdefault((trial["group"], trial["name"]), {})
+        by_seed[trial["seed"]] = trial["bits_per_byte"]
+    return found
+
+
+def ingredients(*machines: Bits) -> str:
     """Return the table of what the start loses without each of its ingredients."""
-    bits = {(t["group"], t["name"]): t["bits_per_byte"] for t in trials if t["seed"] == 0}
-    start = bits["muon", "start"]
-    found = {words: bits[key] - start for key, words in INGREDIENTS.items() if key in bits}
+    found = {}
+    for bits in reversed(machines):  # the first one's figures count
+        start = bits["muon", "start"][0]
+        found |= {
+            words: bits[key][0] - start
+            for key, words in INGREDIENTS.items()
+            if 0 in bits.get(key, {})
+        }
     rows = "".join(
         f"| {words} | {loss:+.3f} |\n"
         for words, loss in sorted(found.items(), key=lambda item: -item[1])
     )
     return f"{INGREDIENTS_TEXT}{rows}"
+
+
+def other_texts(record: Any) -> str:
+    """Return the table of the winners on other texts; nothing where none was tried."""
+    found: dict[str, dict[str, str]] = {}
+    for trial in record["trials"]:
+        if trial["data"] != "stdlib":
+            cells = found.setdefault(trial["data"], {})
+            cells[trial["group"]] = f"{trial['bits_per_byte']:.3f}"
+    rows = "".join(
+        f"| {data} | {cells.get('muon', '')} | {cells.get('adamw', '')} |\n"
+        for data, cells in found.items()
+    )
+    return f"{OTHERS_TEXT}{rows}" if rows else ""
 
 
 def transfer() -> str:

@@ -552,6 +552,7 @@ def test_the_command_plans_for_a_gpu_and_marks_it_as_computed(capsys):
     out = capsys.readouterr().out
     assert "NVIDIA A100 40GB, by its data sheet, bfloat16" in out
     assert "computed at an assumed MFU of 40%, not measured" in out
+    assert "waits for the host in so short a step: it takes longer" in out
     assert "1:00 for" in out
     settings = tomllib.loads(Path("plan.toml").read_text())
     assert settings["run"]["device"] == "auto"

@@ -6,6 +6,7 @@ from truestep.gpus import ASSUMED_UTILIZATION
 from truestep.observe.text import count, format_bytes, format_duration
 from truestep.workflows.plan import Plan
 
+_SHORT_STEP = 0.03  # seconds: a step of W1, computed as 0.7 ms, took 13 ms on an H200
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -42,6 +43,8 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
     if plan.computed:
         yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
+        if found.step < _SHORT_STEP:
+            yield "            a GPU waits for the host in so short a step: it takes longer"
     yield (
         f"speed       {_seconds(found.step)} a step, {found.tokens_per_second:,.0f} tokens/s"
         f"{utilization} of {_short(found.peak_flops_per_second)}FLOP/s"
