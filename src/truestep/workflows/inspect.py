@@ -23,13 +23,13 @@ def inspect_step(directory: Path, step: int, say: Say) -> Inspection:
     """
     record = require_logged(logged_steps(directory), directory, step)
     training = training_at(directory, step - 1, say)
-    run_to(training, step - 1, say)
     batch = training.loader.batch_at(step - 1)
     if batch.hash() != record.get("batch_hash"):
         raise RunError(
             f"the batch of step {step} is not the one that {directory} logged: settings or text "
             "have changed since; restore them"
         )
+    run_to(training, step - 1, say)
     losses = training.trainer.token_losses(batch)
     windows = tuple(
         _inspected(training, row, window, losses[row].double().cpu().numpy())

@@ -87,7 +87,7 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
     compiled = "compiled" if trainer.config.compile == "on" else "not compiled"
-    say(f"measuring a few steps, {compiled}")
+    say(f"measuring a few steps, {compiled}: a minute or two where they are slow")
     found = estimate(trainer, training.loader.batch_at)
     if trainer.skipped_in_a_row:
         raise RunError(
