@@ -118,8 +118,9 @@ def main() -> None:
     parser.add_argument("--gpu", choices=list(GPUS), help="compute it from this data sheet, too")
     options = parser.parse_args()
     results = earlier(options.output, "configs")
-    known = [(found["name"], found["steps"]) for found in results]
-    for name in (name for name in options.configs if (name, options.steps) not in known):
+    known = [(found["name"], found["steps"], found.get("gpu")) for found in results]
+    wanted = [(name, options.steps, options.gpu) for name in options.configs]
+    for name, _, _ in (one for one in wanted if one not in known):
         with tempfile.TemporaryDirectory() as place:
             # Both compile or neither: a run of so few steps would leave it.
             length = {"num_steps": options.steps, "warmup_steps": 0, "decay_steps": "auto"}
@@ -132,7 +133,7 @@ def main() -> None:
             found = {"name": name, "steps": options.steps, "commit": facts()["commit"]}
             found["predicted"] = predicted(config)
             if options.gpu:
-                found["computed"] = predicted(config, options.gpu)
+                found |= {"gpu": options.gpu, "computed": predicted(config, options.gpu)}
             found["seen"] = seen(config, Path(place))
         results.append(found)
         ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]

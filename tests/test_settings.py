@@ -182,7 +182,10 @@ def test_there_is_a_json_schema_of_every_setting():
     [
         ("[model]\nwidth = 33", "x.toml: model.width=33 does not give num_heads"),
         ("[training]\nnum_steps = true", "x.toml: training.num_steps=true is true"),
-        ("[training]\nbetas = [0.9]", "x.toml: training.betas=[0.9] must be float, float"),
+        (
+            "[training]\nbetas = [0.9]",
+            "x.toml: training.betas=[0.9] must be 2 numbers; the default",
+        ),
     ],
 )
 def test_an_error_names_the_setting_and_where_it_stands(tmp_path, monkeypatch, text, message):
@@ -201,8 +204,8 @@ def test_an_empty_list_is_no_settings(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--training.betas 0.9", "--training.betas=0.9 is too few; it takes 2 values"),
-        ("--model.qk-norm true", "true is not understood: true and false are written"),
+        ("--training.betas 0.9", "--training.betas takes 2 values, and 1 was given: 0.9"),
+        ("--model.qk-norm True", "True is not understood: true and false are written"),
         ("--data a --data.source b", "--data=a and --data.source=b name two texts"),
         ("--data no.txt", "docstrings; looked for in '"),
     ],
@@ -215,6 +218,21 @@ def test_the_command_line_is_answered_in_its_own_words(
     assert main(["train", "x.toml", *arguments.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_a_rule_between_settings_blames_the_last_of_their_sources(tmp_path):
+    (tmp_path / "x.toml").write_text("[model]\nwidth = 64")
+    with pytest.raises(ConfigError, match=r"command line: model\.width=64 does not give num_heads"):
+        resolve({"model": {"num_heads": 3}}, {}, tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [("SEED", "TRAINING__SEED"), ("BATCH_SIZE", "DATA__BATCH_SIZE"), ("MODEL__WIDHT", "MODEL__W")],
+)
+def test_a_variable_without_its_section_is_answered_with_it(variable, near):
+    with pytest.raises(ConfigError, match=f"did you mean TRUESTEP_{near}"):
+        resolve({}, {f"TRUESTEP_{variable}": "3"})
 
 
 def test_no_setting_is_proposed_for_a_variable_like_none(monkeypatch):

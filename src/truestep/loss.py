@@ -83,14 +83,10 @@ def _cross_entropy(logits: Float[Tensor, "N V"], labels: Int[Tensor, "N"]) -> Te
 
 
 def _chunks(
-    hidden: Float[Tensor, "N D"],
-    labels: Int[Tensor, "N"],
-    vocab_size: int,
-    most_chunks: int | None = None,
+    hidden: Float[Tensor, "N D"], labels: Int[Tensor, "N"], vocab_size: int
 ) -> Iterator[tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]]:
     """Cut rows and labels into parts whose logits are small enough to exist at one time."""
     count = max(1, -(-len(hidden) * vocab_size // LOGITS_PER_CHUNK))
-    count = count if most_chunks is None else min(count, most_chunks)
     return zip(hidden.chunk(count), labels.chunk(count), strict=True)
 
 
@@ -107,17 +103,19 @@ def linear_cross_entropy_sum(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, "N"],
-    most_chunks: int | None = None,
+    *,
+    only_memory: bool = False,
 ) -> Float[Tensor, ""]:
     """Sum the cross-entropy of `hidden @ weight.T`, with gradients if they are wanted.
 
-    In no more than `most_chunks`, if given, however large they are: where nothing is computed.
+    Where it is `only_memory` that counts, of chunks between the first and the last nothing is made
+    but what stays.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return _linear_cross_entropy(hidden, weight, labels).sum()
     if hidden.dtype == torch.float16:  # its range does not hold what is unnormalised
         hidden = hidden.float()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, most_chunks)  # type: ignore[no-untyped-call]
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, only_memory)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -134,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Float[Tensor, "N D"],
         weight: Float[Tensor, "V D"],
         labels: Int[Tensor, "N"],
-        most_chunks: int | None,
+        only_memory: bool,
     ) -> Float[Tensor, ""]:
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         product_weight = weight.to(hidden.dtype)
@@ -143,7 +141,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # a frozen head costs no product
             weight_grad = torch.zeros(weight.shape[::-1], dtype=sum_dtype, device=weight.device)
         hidden_grads: list[Tensor] = []
-        for rows, part in _chunks(hidden, labels, len(weight), most_chunks):
+        chunks = list(_chunks(hidden, labels, len(weight)))
+        for index, (rows, part) in enumerate(chunks):
+            if only_memory and 0 < index < len(chunks) - 1:
+                hidden_grads.append(torch.empty_like(rows, dtype=sum_dtype))
+                continue
             if hidden_grads:
                 # Adds nothing. Asked for now, the last chunk's gradient no longer holds the sums
                 # that came with it: the compiler else keeps those of every chunk from the 60th on.

@@ -46,8 +46,8 @@ class DirectoryWriter:
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> "DirectoryWriter":
-        UNFINISHED.add(self.temporary)
         self.storage.make_directory(self.temporary)
+        UNFINISHED.add(self.temporary)
         return self
 
     def write(self, name: str, chunks: Iterable[Any]) -> FileRecord:

@@ -197,6 +197,9 @@ def resolve_deterministic(
 
     W2 and W3 of docs/performance.md ran as fast with them, as long as fresh memory is not filled.
     """
+    if setting == "on" and device.type == "cuda":
+        # Without it cuBLAS may choose another workspace each time, and torch refuses its products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if setting == "auto":
         return "on" if device.type == "cpu" else "off"
     return setting
@@ -214,9 +217,6 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         flags.fill_uninitialized_memory,
     )
-    if torch.cuda.is_available():
-        # Without it cuBLAS may choose another workspace each time, and torch refuses its products.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     flags.fill_uninitialized_memory = False
     try:

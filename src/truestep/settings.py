@@ -8,7 +8,7 @@ import json
 import stat
 import tomllib
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -171,10 +171,17 @@ def validate(config: type[C], sources: Mapping[str, Mapping[str, Any]]) -> C:
     try:
         return config(**merged)
     except ConfigError as error:
-        problems = [
-            Problem(path, f"{origin[path]}: {text}" if path in origin else text)
-            for path, text in error.problems
-        ]
+        problems = []
+        for path, text in error.problems:
+            # A rule between several settings names them all: the last source may be the wrong one.
+            named = [
+                source
+                for other, source in origin.items()
+                if path in origin
+                and (other == path or (other[:-1] == path[:-1] and f"{other[-1]}=" in text))
+            ]
+            last = max(named, key=list(sources).index, default=None)
+            problems.append(Problem(path, text if last is None else f"{last}: {text}"))
         raise ConfigError(problems) from None
 
 
@@ -189,8 +196,10 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
         if not variable.startswith(ENVIRONMENT_PREFIX):
             continue
         if variable not in known:
-            ending = [name for name in known if name.endswith(variable.split("_", 1)[1])]
-            hint = nearest(variable, ending[:1] or known, alike=0.75)  # the prefix is in all
+            name = variable.removeprefix(ENVIRONMENT_PREFIX)
+            plain = [full.removeprefix(ENVIRONMENT_PREFIX) for full in known]
+            ending = [full for full in plain if full.split("__")[-1] == name]
+            hint = nearest(name, plain, ending, ENVIRONMENT_PREFIX)
             problem = f"environment variable {variable} names no setting{hint}"
             raise ConfigError([Problem((), problem)])
         table = values
@@ -269,7 +278,7 @@ def explain(
         else:
             rule = detail["msg"].removeprefix("Input should be ")
             if detail["type"] in {"missing", "too_long"}:  # of numbers that belong together
-                rule = _type_text(config.model_fields[name].annotation)
+                rule = f"{len(get_args(config.model_fields[name].annotation))} numbers"
             rules.setdefault(name, []).append(rule[:1].lower() + rule[1:])
     for name, alternatives in rules.items():
         text = (
@@ -287,10 +296,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def nearest(name: str, known: Iterable[str], alike: float = 0.5) -> str:
-    """Return the hint that ends an error about an unknown name."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=alike)
-    return f"; did you mean {matches[0]}?" if matches else "; see `truestep train --help`"
+def nearest(
+    name: str, known: Iterable[str], preferred: Sequence[str] = (), prefix: str = ""
+) -> str:
+    """Return the hint that ends an error about an unknown name; one that is `preferred` is taken.
+
+    All that is known, and the name, stand after the same `prefix`.
+    """
+    matches = preferred or difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else "; see `truestep train --help`"
 
 
 def _type_text(annotation: Any) -> str:

@@ -179,6 +179,16 @@ def replace_file(storage: Storage, path: Path, data: bytes) -> None:
     storage.sync_directory(path.parent)
 
 
+@contextmanager
+def unfinished(path: Path) -> Iterator[None]:
+    """Have a local directory removed where a signal ends the process at once."""
+    UNFINISHED.add(path)
+    try:
+        yield
+    finally:
+        UNFINISHED.discard(path)
+
+
 def remove_unfinished() -> None:
     """Remove what is UNFINISHED, before a process ends without unwinding."""
     for path in tuple(UNFINISHED):

@@ -68,10 +68,12 @@ def explain_usage(error: CycloptsError) -> str:
     if isinstance(cause, ConfigError):
         return "\n".join(f"command line: {problem.text}" for problem in cause.problems)
     if isinstance(error, MissingArgumentError) and error.argument and error.tokens_so_far:
-        option, given = error.argument.name, " ".join(error.tokens_so_far)
-        return f"{option}={given} is too few; it takes {error.argument.token_count()[0]} values"
+        return (
+            f"{error.argument.name} takes {error.argument.token_count()[0]} values, and "
+            f"{len(error.tokens_so_far)} was given: {' '.join(error.tokens_so_far)}"
+        )
     unused = error.unused_tokens if isinstance(error, UnusedCliTokensError) else None
-    if unused and {*unused} <= {"true", "false"}:
+    if unused and unused[0].lower() in {"true", "false"}:
         return (
             f"{unused[0]} is not understood: true and false are written --section.setting and "
             "--section.no-setting"

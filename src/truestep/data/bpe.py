@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,26 @@ class BytePairs:
             show_progress=False,
         )
         with tokenizers_on_one_thread():
-            # The library lets no signal through until it is done; a thread of its own does.
-            pool = ThreadPoolExecutor(1)
-            pool.submit(backend.train_from_iterator, texts, trainer).result()
+            _beside(lambda: backend.train_from_iterator(texts, trainer))
         model = json.loads(backend.to_str())["model"]
         return BytePairTokenizer(self.name, _as_json(model["vocab"], model["merges"]).encode())
+
+
+def _beside(call: Callable[[], object]) -> None:
+    """Call in a thread of its own, and wait: signals are heard, which the library holds back.
+
+    Where one raises an exception here, the call goes on until it is done or the process ends.
+    """
+    done: Future[object] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # noqa: BLE001 told to whoever waits
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    done.result()
 
 
 class BytePairTokenizer:

@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -162,7 +163,7 @@ def find_documents(source: str, say: Say = lambda _: None) -> list[Document]:
             raise CorpusError(f"{source!r} {_oddity(source)}")
         raise CorpusError(
             f"{source!r} is neither a file, a directory nor one of "
-            f"{', '.join(BUILT_IN)}; looked for in {os.getcwd()!r}{_nearest(source)}"
+            f"{', '.join(BUILT_IN)}{_place(source)}{_nearest(source)}"
         )
     roots = {
         "stdlib": lambda: {"": _stdlib()},
@@ -235,6 +236,12 @@ def _oddity(source: str) -> str:
             return "is a link that leads to itself; give the file itself"
         return f"cannot be read: {error.strerror}"
     return "is a pipe or a device, not a file; write its text to a file and give that"
+
+
+def _place(source: str) -> str:
+    with suppress(OSError):  # the working directory may be gone
+        return "" if os.path.isabs(source) else f"; looked for in {os.getcwd()!r}"
+    return ""
 
 
 def _nearest(source: str) -> str:

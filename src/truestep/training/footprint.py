@@ -25,8 +25,6 @@ Arithmetic = Literal["float32", "bfloat16", "gpu"]
 # Resident memory of a step to the sum of its tensors. On a CPU the heap has holes: it was 1.2 to
 # 1.45 times the sum in one go and up to 1.6 in several micro-batches, whose gradients lie between.
 _WASTE = {"cpu": 1.7, "gpu": 1.25}
-# Each of the loss takes milliseconds to look at; what one of 64 holds is little of the whole.
-_MOST_CHUNKS = 64
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call] # untyped in torch
@@ -126,7 +124,7 @@ def _loss(logits: Tensor | DeferredLogits, targets: Tensor) -> Tensor:
     if not isinstance(logits, DeferredLogits):
         return compute_loss(logits, targets)
     hidden = logits.hidden.flatten(0, 1)
-    return linear_cross_entropy_sum(hidden, logits.weight, targets.flatten(), _MOST_CHUNKS)
+    return linear_cross_entropy_sum(hidden, logits.weight, targets.flatten(), only_memory=True)
 
 
 def _kernels(
@@ -141,6 +139,11 @@ def _casting(arithmetic: Arithmetic, device: torch.device) -> AbstractContextMan
     if arithmetic == "gpu":  # as wide as bfloat16, for which a CPU may have other ways
         return torch.autocast("cpu", torch.float16)
     return computing(arithmetic, device)
+
+
+def copy_bytes(state: State, device: torch.device) -> int:
+    """Return what a checkpoint takes while it is written: on a CPU a copy of what is saved."""
+    return state.weights + state.moments if device.type == "cpu" else 0
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
@@ -160,8 +163,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return what training takes beside a micro-batch: moments, and on a CPU a copy to be saved."""
     state = state_bytes(model, optimizer)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    copy = state.weights + state.moments if on_cpu else 0
+    copy = copy_bytes(state, next(model.parameters()).device)
     return state.moments - held_moments(optimizer) + copy
 
 

@@ -108,7 +108,11 @@ def micro_batch_that_fits(
         warnings.warn(
             f"training.micro_batch_size={asked} needs about {format_bytes(needed)}{one}; "
             f"{format_bytes(room)} are free, and it may not fit; "
-            + (f"{size} would" if size else "use a smaller model or shorter windows"),
+            + (
+                f"training.micro_batch_size={size} would"
+                if size
+                else "use a smaller model or shorter windows"
+            ),
             stacklevel=2,
         )
         return wanted

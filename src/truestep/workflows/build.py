@@ -23,8 +23,7 @@ from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
 from truestep.storage import explain
-from truestep.training.compose import build_optimizer
-from truestep.training.footprint import state_bytes
+from truestep.training.footprint import State, copy_bytes
 from truestep.training.micro_batch import micro_batch_that_fits
 from truestep.training.trainer import Trainer
 from truestep.workflows.resources import run_flops
@@ -59,7 +58,7 @@ def build(
     """Set this process up and return what a run with these settings trains with, at step 0.
 
     Its data is prepared once below `runs`, the directory of all runs; with the tokenizer of the
-    `existing` run, if it goes on. What is not to train here need not fit into memory.
+    `existing` run, if it goes on. Only what `trains` further is looked at for memory.
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
     _require_room_for_a_batch(config)
@@ -117,18 +116,21 @@ def _require_room_for_a_batch(config: RunConfig) -> None:
 def _require_room_for_the_model(config: RunConfig, device: torch.device) -> None:
     """Refuse a model whose training does not fit even without a batch. Errors: RunError."""
     free = free_bytes(device)
+    if free is None:
+        return
     with torch.device("meta"):
         model = GPT(config.model)
-    state = state_bytes(model, build_optimizer(model, config.training))
-    needed, copy = sum(state), ""
-    if device.type == "cpu":
-        needed, copy = needed + state.weights + state.moments, ", and the copy that is saved,"
-    if free is not None and needed > free:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    moments = 1 if config.training.optimizer == "muon" else 2  # at least: Muon's of matrices
+    state = State(4 * parameters, 4 * parameters, 4 * moments * parameters)
+    copy = copy_bytes(state, device)
+    needed = sum(state) + copy
+    if needed > free:
+        saved = ", and the copy that is saved," if copy else ""
         raise RunError(
             f"a model of {parameters:,} parameters does not fit: its weights, gradients "
-            f"and moments{copy} take {format_bytes(needed)}, and {format_bytes(free)} are free; "
-            "use a smaller model.width or fewer model.num_layers"
+            f"and moments{saved} take at least {format_bytes(needed)}, and {format_bytes(free)} "
+            "are free; use a smaller model.width or fewer model.num_layers"
         )
 
 

@@ -57,8 +57,7 @@ def evaluate_run(
         )
     else:
         data, name = _Text(source, tokenizer, say), source
-    where = f"{directory} at step {trained.step} on {name}"
-    say(f"{where}: {count(len(data), 'token')}")
+    say(f"{directory} at step {trained.step} on {name}:")
     result = evaluate(
         trained.model,
         evaluation_batches(
@@ -69,7 +68,8 @@ def evaluate_run(
         token_bytes=torch.from_numpy(tokenizer.token_bytes),
     )
     perplexity = math.exp(min(result.loss, 700.0))
-    say(f"  loss {result.loss:.4f} nats a token, perplexity {perplexity:.3f}")
+    tokens = count(result.num_tokens, "token")
+    say(f"  loss {result.loss:.4f} nats a token, perplexity {perplexity:.3f} ({tokens})")
     if result.bits_per_byte is not None:
         say(f"  {result.bits_per_byte:.4f} bits per byte")
     return result

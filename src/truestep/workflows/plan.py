@@ -1,5 +1,6 @@
 """What a run will cost, and whether it fits: measured in a few steps of it, before it runs."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from truestep.data.corpus import Say
 from truestep.gpus import GPU
 from truestep.machine import device_name, peak_bytes
 from truestep.observe.text import format_duration
-from truestep.storage import LOCAL, UNFINISHED, replace_file
+from truestep.storage import LOCAL, replace_file, unfinished
 from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.training.schedule import resolve_decay_steps
 from truestep.workflows.build import Training, build, open_data
@@ -87,7 +88,7 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
     compiled = "compiled" if trainer.config.compile == "on" else "not compiled"
-    say(f"measuring a few steps, {compiled}: a minute or two where they are slow")
+    say(f"measuring a few steps, {compiled}; this takes up to two minutes")
     found = estimate(trainer, training.loader.batch_at)
     if trainer.skipped_in_a_row:
         raise RunError(
@@ -172,12 +173,13 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
         return result
     probed_in = time.perf_counter() - began  # as the run will
     say("compiling may pay in that time")
+    gc.collect()  # the first trainer holds itself, and would be in the second's way
     other = plan(_compiling(config, "on"), say)
     # What the first of them waited for, imports above all, the run will as well.
     other = filled(replace(other, start=result.start + probed_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
         return result
-    # A process remembers its highest peak: where it is the first plan's, the second's is unknown.
+    # A CPU's highest peak stays: where it is the first plan's, the second's is unknown.
     known = other.peak_bytes if other.peak_bytes != result.peak_bytes else None
     return replace(other, peak_bytes=known)
 
@@ -221,12 +223,14 @@ def _seconds_of_validation(training: Training) -> float:
     longer = training.config.training.model_copy(update={"num_steps": training.trainer.step + 1})
     on_the_way = replace(training, config=training.config.model_copy(update={"training": longer}))
     runs = training.config.run.directory
-    with tempfile.TemporaryDirectory(dir=runs, prefix=".plan-") as place:
-        UNFINISHED.add(Path(place))
-        with Session(Path(place), on_the_way, _Silent()) as session:
-            began = time.perf_counter()
-            session.validate(training.trainer)
-            return time.perf_counter() - began
+    with (
+        tempfile.TemporaryDirectory(dir=runs, prefix=".plan-") as place,
+        unfinished(Path(place)),
+        Session(Path(place), on_the_way, _Silent()) as session,
+    ):
+        began = time.perf_counter()
+        session.validate(training.trainer)
+        return time.perf_counter() - began
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -57,7 +57,7 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     times = steps * found.tokens_per_step / plan.train_tokens
     yield (
         f"text        {plan.train_tokens:,} tokens of {config.data.tokenizer}, "
-        f"{config.model.vocab_size:,} ids; read {times:.2g} times"
+        f"{config.model.vocab_size:,} ids; read {times:,.2f} times"
     )
     seconds = plan.seconds(steps)
     if plan.computed:

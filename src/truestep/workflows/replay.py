@@ -137,7 +137,7 @@ def training_at(directory: Path, step: int, say: Say) -> Training:
     Without a checkpoint it has its initial weights. Nothing in the run's directory changes.
     Errors: RunError where settings were changed between every checkpoint and the step.
     """
-    training = build(config_at(directory, step + 1), directory.parent, say, directory)
+    training = build(config_at(directory, step + 1), directory.parent, say, directory, trains=False)
     trainer = training.trainer
     facts = training.facts
     require_same_data(read_run_facts(directory), facts)
