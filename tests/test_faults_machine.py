@@ -321,7 +321,7 @@ def attempt(micro_batch_size):
     batch = loader.batch_at(0)
     trainer.prepare(batch)
     if micro_batch_size == "auto":  # as a run does
-        arguments = trainer.model, trainer.optimizer, batch, trainer.precision
+        arguments = trainer.model, trainer.optimizer, batch, trainer.precision, "auto"
         micro_batch_size = micro_batch_that_fits(*arguments)
         trainer.config = trainer.config.model_copy(update={"micro_batch_size": micro_batch_size})
     with memory_explained(trainer, batch, Path("runs/my run")):
@@ -392,7 +392,10 @@ def test_a_command_that_runs_out_of_memory_ends_in_one_line_with_a_command_that_
     command += ["--model.context-length", "64", "--model.num-layers", "8", "--model.width", "32"]
     done = subprocess.run([*limited, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert re.fullmatch("error: out of memory in step 1 with [^\n]*\n", done.stderr)
+    told, error = done.stderr.splitlines()
+    asked, would = (rf"training\.micro_batch_size={size}" for size in ("512", r"\d+"))
+    assert re.fullmatch(f"warning: {asked} needs about .*; {would} would", told)
+    assert error.startswith("error: out of memory in step 1 with ")
     run = Path("runs/text-1")
     assert not list(run.glob("checkpoints/step-*"))
     assert (run / "metrics.jsonl").read_bytes() == b""
