@@ -5,7 +5,7 @@
 Plan and run are processes of their own, one after the other, on the standard library's source. The
 step is the median of the run's log after its first ten; peak memory is what the system says of it.
 With `--gpu`, what is computed from that GPU's data sheet stands beside them.
-What stands in the output is not measured again.
+What stands in the output with the same settings is not measured again.
 """
 
 import json
@@ -118,23 +118,22 @@ def main() -> None:
     parser.add_argument("--gpu", choices=list(GPUS), help="compute it from this data sheet, too")
     options = parser.parse_args()
     results = earlier(options.output, "configs")
-    known = [(found["name"], found["steps"], found.get("gpu")) for found in results]
-    wanted = [(name, options.steps, options.gpu) for name in options.configs]
-    for name, _, _ in (one for one in wanted if one not in known):
+    for name in options.configs:
+        # Both compile or neither: a run of so few steps would leave it.
+        length = {"num_steps": options.steps, "warmup_steps": 0, "decay_steps": "auto"}
+        settings = merged((CONFIGS | GPU_CONFIGS)[name], {"training": {**length, "compile": "on"}})
+        key = {"name": name, "settings": settings, "gpu": options.gpu}
+        if any(key.items() <= found.items() for found in results):
+            continue
         with tempfile.TemporaryDirectory() as place:
-            # Both compile or neither: a run of so few steps would leave it.
-            length = {"num_steps": options.steps, "warmup_steps": 0, "decay_steps": "auto"}
-            settings = merged(
-                (CONFIGS | GPU_CONFIGS)[name], {"training": {**length, "compile": "on"}}
-            )
-            settings["run"] = {"directory": place, "evaluate_every": options.steps // 2}
+            run = {"directory": place, "evaluate_every": options.steps // 2}
             config = Path(place, "config.toml")
-            config.write_text(tomli_w.dumps(settings), encoding="utf-8")
-            found = {"name": name, "steps": options.steps, "commit": facts()["commit"]}
-            found["predicted"] = predicted(config)
+            config.write_text(tomli_w.dumps(settings | {"run": run}), encoding="utf-8")
+            found = {**key, "commit": facts()["commit"], "predicted": predicted(config)}
             if options.gpu:
-                found |= {"gpu": options.gpu, "computed": predicted(config, options.gpu)}
+                found["computed"] = predicted(config, options.gpu)
             found["seen"] = seen(config, Path(place))
+        results = [old for old in results if (old["name"], old["gpu"]) != (name, options.gpu)]
         results.append(found)
         ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]
         print(

@@ -161,6 +161,8 @@ def wanted(options: argparse.Namespace, results: list[dict[str, Any]]) -> Iterat
         if options.best:
             here = [r for r in results if r["data"] == options.data]
             names = best(here, group, options.best)
+            if not names:
+                raise SystemExit(f"--best: no trial of {group} on {options.data} with seed 0 yet")
         for seed in options.seeds:
             for name in (name for name in names if name in CONFIGS[group]):
                 own: Settings = {"training": {"seed": seed}, "data": {"source": options.data}}

@@ -5,6 +5,7 @@
 
 All have W3's layers and 256 characters of context and train on the first nine tenths. The clock
 runs from before the model is built, when everything is imported, with the compiler's cache empty,
+on the CPU,
 and stands while the loss of the last tenth is measured, all of it, in float32. Each trial is a
 process of its own, with the allocator set alike. Our schedules are made for their target; nanoGPT
 is tried with both lengths that it publishes, litgpt with the shorter. A trial that stands in the
@@ -217,7 +218,7 @@ def in_a_process(options: argparse.Namespace, key: dict[str, Any]) -> list[dict[
     command += ["--steps", str(key["steps"]), "--seed", str(key["seed"]), "--targets"]
     command += map(str, key["targets"])
     with tempfile.TemporaryDirectory() as cache:
-        environment = environment_of_cache(Path(cache))
+        environment = environment_of_cache(Path(cache)) | {"CUDA_VISIBLE_DEVICES": ""}
         output = subprocess.check_output(command, env=environment, text=True)
     found: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
     return [{**key, **row} for row in found]

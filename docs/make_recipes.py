@@ -12,12 +12,12 @@ Bits = dict[tuple[str, str], dict[int, float]]
 
 HEAD = """# Recipes
 
-The settings in [configs/](../configs), how they were found, and what they cost. They are recipes for a few minutes to a night; the library's own defaults are AdamW with 3e-4, 0.1 and (0.9, 0.95).
+How the settings of [configs/quickstart.toml](../configs/quickstart.toml), which `make train` uses, were found, and what they cost. The larger recipes of [configs/](../configs) carry its rates over; they are planned, each with its figures in its first lines, and not yet trained to their end. The library's own defaults are AdamW with 3e-4, 0.1 and (0.9, 0.95).
 """
 
 SEARCH_TEXT = """## The search
 
-`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of the length of `make train`, {steps} steps of 3,072 tokens on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was when the search began: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores in float32 ({machine}, one thread a trial), on the same text; where there are several figures they are seeds 0, 1, 2.
+`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of {steps} steps of 3,072 tokens, as many as `make train` had when the search began, on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was then: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3, in as many steps, each of which takes 0.84 of the time of one with Muon. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores in float32 ({machine}, one thread a trial), on the same text; where there are several figures they are seeds 0, 1, 2.
 """
 
 SAME_TEXT = """
@@ -34,9 +34,9 @@ The best settings of each on other texts, as they were found on the one above, s
 LESSON = """
 The figures in this section that are in no table are those of single runs, made on the way.
 
-**Tied embeddings are worth more than everything else but Muon.** With a head of its own the same model came to 1.405 in 1,000 steps, and to no less with other rates of embeddings and head; tied to the embeddings, to 1.277, and with their rate at 6e-3 to 1.265. Up to step 400 the two losses are the same. Then the tied model learns to copy what stands in its window, names of this file above all, and from step 600 on it is 0.25 nats a token ahead. That is also why short trials mislead: over 450 steps, the end of every schedule comes before this turn, and 2 layers, or embeddings at ten times the rate, look best; at full length both lose.
+**Tied embeddings** are worth 0.22 at the rates of the tied model, and 0.13 where embeddings and head have the rates that are best for them: 1.405 in 1,000 steps, against 1.277 tied (single runs, over the first 512 windows of the validation text). Up to step 400 the two losses are the same. Then the tied model learns to copy what stands in its window, names of this file above all, and from step 600 on it is 0.25 nats a token ahead. That is also why short trials mislead: over 450 steps, the end of every schedule comes before this turn, and 2 layers, or embeddings at ten times the rate, look best; at full length both lose.
 
-**One seed tells little.** When the turn comes decides the result, and it is as much a matter of chance as of settings. The three trials that are best on seed 0, within 0.01 of one another, come on seeds 1 and 2 to 1.300 and 1.281 (the start), 1.345 and 1.276 (embeddings and norms at twice the rate), 1.400 and 1.470 (three layers, which turn at step 950 or not at all). So the start is what `make train` runs: it turns in time on every seed, and comes within 0.02 of the same. Given 1,000 steps in place of 900, it comes to 1.265. A rotary base of 500 is 0.04 nats ahead of the start up to its turn, which then comes later. Differences of less than a tenth in the table are no reason to change a setting until they are seen on other seeds. What the tables do show: AdamW is 0.25 or more behind Muon, at the best of three rates, and its best trial of all comes to 1.536; two layers do not turn in time; contexts of 512 turn too late.
+**One seed tells little.** When the turn comes decides the result, and it is as much a matter of chance as of settings. The three trials that are best on seed 0, within 0.01 of one another, come on seeds 1 and 2 to 1.300 and 1.281 (the start), 1.345 and 1.276 (embeddings and norms at twice the rate), 1.400 and 1.470 (three layers, which turn at step 950 or not at all). So the start is what `make train` runs: it turns in time on every seed, and comes within 0.02 of the same. Given 1,000 steps in place of 900, `make train` comes to 1.265. A rotary base of 500 is 0.04 nats ahead of the start up to its turn, which then comes later. Differences of less than a tenth in the table are no reason to change a setting until they are seen on other seeds. What the tables do show: in as many steps AdamW is 0.25 or more behind Muon, at the best of three rates, and its best trial of all comes to 1.536; two layers do not turn in time; contexts of 512 turn too late.
 
 **What stands in the way is not the training loss.** A thousand steps are one pass over 3.1 million tokens, and held-out files cost 0.3 nats a token more than new windows of files that were partly seen. What lowers the training loss need not lower the other one. Without tied embeddings, against 1.405 (1,000 steps; the first 512 windows of the validation text): a table of 16,384 hashed pairs of tokens, added to the embeddings, 0.05 nats lower in training and 1.451 held out; dropout of 0.1 1.450; each layer's inputs shifted by one token with a learnt share per feature 1.368. With tied embeddings that shift is 0.11 nats lower in training and 0.012 bits per byte held out (1.287 to 1.275): too little for a layer that no public architecture has.
 
@@ -55,7 +55,7 @@ INGREDIENTS = {
 }
 
 INGREDIENTS_TEXT = """
-What the start with Muon loses in bits per byte, in the same time, without one of its ingredients, on the H200; what is tied to chance, as the text below says, is in these figures too:
+What the start with Muon loses in bits per byte without one of its ingredients, on the H200, in as many steps (840 with four heads, which take as long on two cores); what is tied to chance, as the text below says, is in these figures too:
 
 | with | loss |
 |---|---|
@@ -76,7 +76,7 @@ PLAN_TEXT = """## What a plan predicts, and what the run shows
 
 LOSS_TEXT = """## Time to a loss
 
-`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from when everything is imported, building the model and compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context, 12 rows. nanoGPT's model, optimizer, schedule and step are its own. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules, by preference one that reached it:
+`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from when everything is imported, building the model and compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context, 12 rows. nanoGPT's model and optimizer are its own; schedule and step are as its train.py has them, without dropout. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules, by preference one that reached it:
 
 | | to | seconds | steps | factor |
 |---|---|---|---|---|
@@ -177,7 +177,12 @@ def plan() -> str:
         for key, scale in (("seconds", 1e3), ("bytes", 2**-20)):
             before, after = predicted[key] * scale, seen[key] * scale
             cells += [f"{before:,.0f}", f"{after:,.0f}", f"{before / after:.2f}"]
-        rows += f"| {config['name']} | {' | '.join(cells)} |\n"
+        name = config["name"]
+        if config["gpu"]:
+            there = config["computed"]
+            name += f" ({1e3 * there['seconds']:,.0f} ms, {2**-20 * there['bytes']:,.0f} MiB by "
+            name += f"the data sheet of {config['gpu']})"
+        rows += f"| {name} | {' | '.join(cells)} |\n"
     return f"\n{PLAN_TEXT.format(machine=record['machine'])}{rows}"
 
 

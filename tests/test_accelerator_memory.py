@@ -101,7 +101,7 @@ def test_a_batch_of_odd_size_makes_no_micro_batch_smaller_than_it_must(bigram, w
     """A size stays for the rest of the run: 13 rows have no divisor but 1."""
     trainer, other = (trainer_of(bigram, micro_batch_size=16) for _ in range(2))
     Full.room = 8
-    with pytest.warns(UserWarning, match="from here on they have 6"):
+    with pytest.warns(UserWarning, match="micro-batches of 13 rows: from here on they have 6"):
         metrics = trainer.training_step(windows(13, seed=1))
     Full.room = 100
     assert metrics.loss == pytest.approx(other.training_step(windows(13, seed=1)).loss, rel=1e-6)

@@ -162,7 +162,7 @@ sample_tokens = 4
 @pytest.mark.parametrize("compile_", ["off", "on"])
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe-512"])
 def test_a_run_resumes_and_replays_with_the_same_bits(tmp_path, monkeypatch, compile_, tokenizer):
-    """Law 8, on one GPU with deterministic algorithms."""
+    """Law 19, on one GPU with deterministic algorithms."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("".join(f"{n} sheep, {n * n} goats\n" for n in range(4000)))
     Path("tiny.toml").write_text(TINY)

@@ -321,14 +321,22 @@ def test_wrong_arguments_are_refused_by_name(bigram, windows):
             trainer.fit([windows()], num_steps=num_steps)
 
 
+def count_call(module, _):
+    module.calls.add_(1)
+
+
 @pytest.mark.parametrize("factor", [math.nan, 2.0, -0.1, None])
 def test_a_schedule_outside_its_range_changes_nothing(bigram, windows, factor):
-    trainer = Trainer(bigram(), schedule=lambda _: factor, sinks=[])
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    model = bigram()
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(count_call)
+    trainer = Trainer(model, schedule=lambda _: factor, sinks=[])
+    trainer.prepare(windows())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"schedule\(0\) returned"):
         trainer.training_step(windows())
-    after = trainer.model.parameters()
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not trainer.mid_update
 
 
 def test_only_whole_updates_look_whole(bigram, windows):

@@ -465,7 +465,7 @@ def pair(shape, dtype, make):
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)]
 )
 def test_muon_is_the_written_formula_in_every_dtype(shape, dtype, tolerance):
-    """Law 11 for Muon: momentum, five polynomials of the singular values, scale and decay."""
+    """Law 12 for Muon: momentum, five polynomials of the singular values, scale and decay."""
 
     def make(matrices):
         return Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.2, dtype=dtype)

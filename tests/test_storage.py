@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from truestep.storage import (
     FileRecord,
     StorageError,
     read_file,
+    remove_unfinished,
     replace_file,
     verify_file,
     write_file,
@@ -119,6 +121,22 @@ def test_a_failed_directory_leaves_nothing_behind(make_place):
     with pytest.raises(OSError, match="injected"):
         write_directory(storage, place)
     assert os.listdir(place) == []
+
+
+def test_what_a_signal_removes_cannot_be_committed_meanwhile(tmp_path, monkeypatch):
+    """By the thread of a save: its directory would appear under its name without its files."""
+    remove = shutil.rmtree
+    with DirectoryWriter(tmp_path / "target") as writer:
+        writer.write("a", [CONTENT])
+
+        def remove_while_it_is_committed(path):
+            with pytest.raises(FileNotFoundError):
+                writer.commit({})
+            remove(path)
+
+        monkeypatch.setattr(shutil, "rmtree", remove_while_it_is_committed)
+        remove_unfinished()
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_existing_directory_is_not_replaced(make_place):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from truestep.settings import ConfigError
     from truestep.training.companion import every
     from truestep.training.diagnosis import NonFiniteError
+    from truestep.training.estimate import Estimate, estimate
     from truestep.training.evaluate import Evaluation, evaluate
     from truestep.training.schedule import constant, warmup_cosine, warmup_stable_decay
     from truestep.training.trainer import Trainer
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigError",
     "ConsoleSink",
     "DeferredLogits",
+    "Estimate",
     "Evaluation",
     "GPTConfig",
     "JsonlSink",
@@ -44,6 +46,7 @@ __all__ = [
     "TrainingConfig",
     "compute_loss",
     "constant",
+    "estimate",
     "evaluate",
     "every",
     "generate",
@@ -63,6 +66,7 @@ _MODULES = {
     "ConfigError": "settings",
     "ConsoleSink": "observe.sinks",
     "DeferredLogits": "loss",
+    "Estimate": "training.estimate",
     "Evaluation": "training.evaluate",
     "GPT": "model.gpt",
     "GPTConfig": "config",
@@ -75,6 +79,7 @@ _MODULES = {
     "TrainingConfig": "config",
     "compute_loss": "loss",
     "constant": "training.schedule",
+    "estimate": "training.estimate",
     "evaluate": "training.evaluate",
     "every": "training.companion",
     "generate": "model.generate",

@@ -1,4 +1,4 @@
-"""What data sheets say of GPUs that are not here: products in bfloat16, and memory."""
+"""GPUs that are not here: products in bfloat16 by their data sheets, and the memory they have."""
 
 import difflib
 from typing import NamedTuple
@@ -9,29 +9,29 @@ ASSUMED_UTILIZATION = 0.4
 
 
 class GPU(NamedTuple):
-    """A GPU by its data sheet: dense bfloat16 products added up in float32, and its memory."""
+    """A GPU: dense bfloat16 products added up in float32, and the bytes that its driver offers."""
 
     title: str
     flops_per_second: float
     memory_bytes: int
 
 
-def _gpu(title: str, tera: float, gibibytes: int) -> GPU:
-    return GPU(title, tera * 1e12, gibibytes * 2**30)
+def _gpu(title: str, tera: float, gibibytes: float) -> GPU:
+    return GPU(title, tera * 1e12, int(gibibytes * 2**30))
 
 
 GPUS = {
-    "a100-40gb": _gpu("NVIDIA A100 40GB", 312, 40),
-    "a100-80gb": _gpu("NVIDIA A100 80GB", 312, 80),
-    "b200": _gpu("NVIDIA B200", 2250, 180),
-    "h100": _gpu("NVIDIA H100 SXM", 989, 80),
-    "h100-pcie": _gpu("NVIDIA H100 PCIe", 756, 80),
-    "h200": _gpu("NVIDIA H200", 989, 141),
-    "l4": _gpu("NVIDIA L4", 121, 24),
-    "l40s": _gpu("NVIDIA L40S", 362, 48),
-    "mi300x": _gpu("AMD MI300X", 1307, 192),
-    "rtx3090": _gpu("NVIDIA GeForce RTX 3090", 71, 24),
-    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 165, 24),
+    "a100-40gb": _gpu("NVIDIA A100 40GB", 312, 39.4),
+    "a100-80gb": _gpu("NVIDIA A100 80GB", 312, 79.1),
+    "b200": _gpu("NVIDIA B200", 2250, 178),
+    "h100": _gpu("NVIDIA H100 SXM", 989, 79.1),
+    "h100-pcie": _gpu("NVIDIA H100 PCIe", 756, 79.1),
+    "h200": _gpu("NVIDIA H200", 989, 139.8),
+    "l4": _gpu("NVIDIA L4", 121, 22),
+    "l40s": _gpu("NVIDIA L40S", 362, 44.4),
+    "mi300x": _gpu("AMD MI300X", 1307, 191),
+    "rtx3090": _gpu("NVIDIA GeForce RTX 3090", 71, 23.6),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 165, 23.6),
 }
 
 

@@ -67,8 +67,10 @@ class DirectoryWriter:
         self.storage.sync_directory(self.target.parent)
 
     def __exit__(self, *exception: object) -> None:
-        discard(self.storage, self.temporary)
-        UNFINISHED.discard(self.temporary)
+        try:
+            discard(self.storage, self.temporary)
+        finally:
+            UNFINISHED.discard(self.temporary)
 
 
 def read_manifest(

@@ -190,9 +190,15 @@ def unfinished(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished() -> None:
-    """Remove what is UNFINISHED, before a process ends without unwinding."""
+    """Remove what is UNFINISHED, before a process ends without unwinding.
+
+    First it loses the name by which another thread may be about to commit it.
+    """
     for path in tuple(UNFINISHED):
-        shutil.rmtree(path, ignore_errors=True)
+        doomed = temporary_path(path)
+        with suppress(OSError):
+            path.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def discard(storage: Storage, path: Path) -> None:

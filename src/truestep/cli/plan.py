@@ -60,7 +60,8 @@ def plan(
     gpu
         Compute it for a GPU that is not here, from its data sheet: h100, a100-80gb, rtx4090, ...
     out
-        Where to write the settings in plain values, as a TOML file for `truestep train`.
+        Where to write the settings, with what was found in place of auto, as a TOML file for
+        `truestep train`.
     price_per_hour
         What an hour of this machine costs.
     options

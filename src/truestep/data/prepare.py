@@ -1,6 +1,7 @@
 """Prepare a corpus: split it, tokenize it and write it as a directory of token shards.
 
-The text is read twice, a piece at a time: once for its survey, and once to write it.
+The text is read a piece at a time: once for its survey, once to learn byte pairs if any are wanted,
+and once to write it.
 """
 
 import hashlib

@@ -10,14 +10,14 @@ import torch
 
 from truestep.batch import Batch
 from truestep.gpus import ASSUMED_UTILIZATION, GPU
-from truestep.machine import forget_peak, free_bytes, measure_peak_flops
+from truestep.machine import forget_peak, measure_peak_flops
 from truestep.metrics import model_flops_utilization
 from truestep.observe.text import format_bytes
 from truestep.training.footprint import (
     Footprint,
-    State,
-    bytes_to_come,
+    StateBytes,
     footprint,
+    room_for_a_step,
     state_bytes,
 )
 from truestep.training.micro_batch import largest_micro_batch, largest_that_fits
@@ -76,6 +76,7 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     """Train a few steps and return what they took; the trainer is of no use afterwards.
 
     `batch_at(step)` gives batches of the size and length that training will have.
+    Errors: as for `Trainer.training_step`.
     """
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     peak_flops_per_second = measure_peak_flops(trainer.device, dtype)
@@ -85,14 +86,14 @@ def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
     largest = _largest_micro_batch(trainer, first)
     first_step, step = _measured(trainer, first, batch_at)
     try:
-        held = footprint(trainer.model, first, _rows(trainer, first), trainer.precision)
+        held = footprint(trainer.model, first, trainer.micro_batch_size(first), trainer.precision)
     except NotTraceableError:
         held = None
     return Estimate(
         num_parameters=sum(p.numel() for p in trainer.model.parameters()),
         flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
         tokens_per_step=first.tokens.numel(),
-        micro_batch_size=_rows(trainer, first),
+        micro_batch_size=trainer.micro_batch_size(first),
         memory=_memory(state_bytes(trainer.model, trainer.optimizer), held) if held else None,
         largest_micro_batch=largest,
         first_step=first_step,
@@ -108,7 +109,7 @@ def _measured(
 
     A step of many micro-batches that takes long is put together from steps of one and of several.
     """
-    rows, size = len(first.tokens), _rows(trainer, first)
+    rows, size = len(first.tokens), trainer.micro_batch_size(first)
     size = size if rows % size == 0 else rows  # the last of them has a shape of its own
 
     def seconds(num_rows: int) -> float:
@@ -188,21 +189,15 @@ def computed_estimate(
 
 def _largest_micro_batch(trainer: Trainer, batch: Batch) -> int | None:
     """Return how many rows fit into what is free now; None where that cannot be told."""
-    free = free_bytes(trainer.device)
-    if free is None:
+    room = room_for_a_step(trainer.model, trainer.optimizer)
+    if room is None:
         return None
-    room = free - bytes_to_come(trainer.model, trainer.optimizer)
     try:
         return largest_micro_batch(trainer.model, batch, room, trainer.precision)
     except NotTraceableError:
         return None
 
 
-def _rows(trainer: Trainer, batch: Batch) -> int:
-    """Return how many rows of a batch one backward pass takes."""
-    return min(len(batch.tokens), trainer.micro_batch_size(batch))
-
-
-def _memory(state: State, held: Footprint) -> Memory:
+def _memory(state: StateBytes, held: Footprint) -> Memory:
     activations = max(0, held.total - state.gradients)
     return Memory(state.weights, state.gradients, state.moments, activations, held.logits)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from truestep.batch import Batch
 from truestep.loss import LOGITS_PER_CHUNK, DeferredLogits, compute_loss, linear_cross_entropy_sum
+from truestep.machine import free_bytes
 from truestep.runtime import attention_kernels, computing, module_modes
 from truestep.training.muon import MuonAdamW
 from truestep.training.optim import trainable_parameters
@@ -67,7 +68,7 @@ class Footprint(NamedTuple):
     needed: int
 
 
-class State(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes that training holds between steps, or that every step has; `moments` once there are."""
 
     weights: int
@@ -109,8 +110,7 @@ def footprint(model: nn.Module, batch: Batch, size: int, arithmetic: Arithmetic)
                 for tensor in state.values():
                     tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None
             with _casting(arithmetic, device):
-                output = torch.func.functional_call(model, state, (tokens,), inputs)
-            logits = logits_of(output)
+                logits = logits_of(torch.func.functional_call(model, state, (tokens,), inputs))
             loss = _loss(logits, targets)
             loss.backward()  # type: ignore[no-untyped-call] # untyped in torch
     count = logits.shape.numel()
@@ -124,6 +124,8 @@ def _loss(logits: Tensor | DeferredLogits, targets: Tensor) -> Tensor:
     if not isinstance(logits, DeferredLogits):
         return compute_loss(logits, targets)
     hidden = logits.hidden.flatten(0, 1)
+    if hidden.dtype == torch.float16:  # which stands for bfloat16, and has a loss of its own
+        hidden = hidden.bfloat16()
     return linear_cross_entropy_sum(hidden, logits.weight, targets.flatten(), only_memory=True)
 
 
@@ -141,12 +143,12 @@ def _casting(arithmetic: Arithmetic, device: torch.device) -> AbstractContextMan
     return computing(arithmetic, device)
 
 
-def copy_bytes(state: State, device: torch.device) -> int:
+def copy_bytes(state: StateBytes, device: torch.device) -> int:
     """Return what a checkpoint takes while it is written: on a CPU a copy of what is saved."""
     return state.weights + state.moments if device.type == "cpu" else 0
 
 
-def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
     """Return what training holds beside a micro-batch.
 
     An optimizer that has not stepped yet has two moments to come for every number that is trained,
@@ -157,7 +159,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     if not moments:
         once = optimizer.param_groups[-1]["params"] if isinstance(optimizer, MuonAdamW) else []
         moments = 2 * trained - _bytes_of(once)
-    return State(_bytes_of(model.parameters()), trained, moments)
+    return StateBytes(_bytes_of(model.parameters()), trained, moments)
 
 
 def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -165,6 +167,12 @@ def bytes_to_come(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = state_bytes(model, optimizer)
     copy = copy_bytes(state, next(model.parameters()).device)
     return state.moments - held_moments(optimizer) + copy
+
+
+def room_for_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
+    """Return the bytes that are free for a micro-batch, all to come put aside; None if unknown."""
+    free = free_bytes(next(model.parameters()).device)
+    return None if free is None else max(0, free - bytes_to_come(model, optimizer))
 
 
 def held_moments(optimizer: torch.optim.Optimizer) -> int:

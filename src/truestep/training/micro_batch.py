@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from truestep.batch import Batch
-from truestep.machine import free_bytes
 from truestep.observe.text import count, format_bytes
-from truestep.training.footprint import Arithmetic, bytes_to_come, footprint
+from truestep.training.footprint import Arithmetic, footprint, room_for_a_step
 from truestep.training.probe import NotTraceableError
 
 
@@ -87,11 +86,10 @@ def micro_batch_that_fits(
     By auto that is the whole batch where it fits into what is free, or is not known to; else what
     `largest_that_fits` says, or 1 where nothing does. A warning says what does not fit.
     """
-    rows, free = len(batch.tokens), free_bytes(next(model.parameters()).device)
+    rows, room = len(batch.tokens), room_for_a_step(model, optimizer)
     wanted = rows if asked == "auto" else asked
-    if free is None:
+    if room is None:
         return wanted
-    room = max(0, free - bytes_to_come(model, optimizer))
     try:
         if wanted >= rows:
             needed = _whole_steps(model, batch, precision)(rows)

@@ -120,9 +120,9 @@ class Trainer:
                 loss = loss + self._forward_backward(micro_batch, num_tokens)
             grad_norm = self._clip_gradients()  # measured even when clipping is off
             finite = loss.isfinite() & grad_norm.isfinite()
+            learning_rate = set_learning_rates(self.optimizer, self.schedule, self.step)
             self.mid_update = True
             skipped, halted = self._guard.judge(finite, num_tokens)
-            learning_rate = set_learning_rates(self.optimizer, self.schedule, self.step)
             update(self.optimizer, skipped)
         self._buffers.restore(buffers, skipped)  # as they were before the forward
         clear_gradients(self.model, self.optimizer)
@@ -151,7 +151,7 @@ class Trainer:
                     raise
                 self._buffers.restore(buffers)
                 clear_gradients(self.model, self.optimizer)
-                smaller = self._smaller(batch) if accelerator_is_full(error) else 0
+                smaller = self.micro_batch_size(batch) // 2 if accelerator_is_full(error) else 0
                 if not smaller:
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
@@ -276,12 +276,8 @@ class Trainer:
 
     def micro_batch_size(self, batch: Batch) -> int:
         """Return how many rows of a batch one backward pass takes."""
-        size = self.config.micro_batch_size
-        return len(batch.tokens) if size == "auto" else size
-
-    def _smaller(self, batch: Batch) -> int:
-        """Return half of the rows that micro-batches have; 0 if they have one."""
-        return min(self.micro_batch_size(batch), len(batch.tokens)) // 2
+        size, rows = self.config.micro_batch_size, len(batch.tokens)
+        return rows if size == "auto" else min(size, rows)
 
     def _resize(self, batch: Batch, smaller: int) -> None:
         """Make micro-batches smaller from this step on, and say so."""

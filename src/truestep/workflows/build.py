@@ -23,7 +23,7 @@ from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
 from truestep.storage import explain
-from truestep.training.footprint import State, copy_bytes
+from truestep.training.footprint import StateBytes, copy_bytes
 from truestep.training.micro_batch import micro_batch_that_fits
 from truestep.training.trainer import Trainer
 from truestep.workflows.resources import run_flops
@@ -122,7 +122,7 @@ def _require_room_for_the_model(config: RunConfig, device: torch.device) -> None
         model = GPT(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     moments = 1 if config.training.optimizer == "muon" else 2  # at least: Muon's of matrices
-    state = State(4 * parameters, 4 * parameters, 4 * moments * parameters)
+    state = StateBytes(4 * parameters, 4 * parameters, 4 * moments * parameters)
     copy = copy_bytes(state, device)
     needed = sum(state) + copy
     if needed > free:

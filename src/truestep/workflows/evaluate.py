@@ -1,21 +1,44 @@
 """Measure a trained model on the text it was validated on, or on another."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 
+from truestep.batch import Batch
+from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.loader import Tokens, evaluation_batches
 from truestep.data.survey import readable_documents
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import dtype_of, is_prepared, open_prepared
+from truestep.loss import LOGITS_PER_CHUNK
 from truestep.observe.text import count
 from truestep.training.evaluate import Evaluation, evaluate
 from truestep.workflows.build import data_facts, open_data, require_same_data
 from truestep.workflows.trained import load_trained
+
+
+def batches_to_evaluate(
+    config: RunConfig, split: Tokens, num_windows: int | None = None
+) -> Iterator[Batch]:
+    """Return batches of windows that take no more memory than a step of training does.
+
+    Evaluation has all logits of a batch at one time, where training of many ids has a chunk.
+    `num_windows` and errors: as for `evaluation_batches`.
+    """
+    length, vocab_size = config.model.context_length, int(config.model.vocab_size)
+    rows = min(int(config.training.micro_batch_size), config.data.batch_size)
+    most = LOGITS_PER_CHUNK // (length * vocab_size)
+    return evaluation_batches(
+        split,
+        context_length=length,
+        batch_size=max(1, min(rows, most)),
+        num_windows=num_windows,
+    )
 
 
 class _Text:
@@ -60,11 +83,7 @@ def evaluate_run(
     say(f"{directory} at step {trained.step} on {name}:")
     result = evaluate(
         trained.model,
-        evaluation_batches(
-            data,
-            context_length=trained.config.model.context_length,
-            batch_size=int(trained.config.training.micro_batch_size),
-        ),
+        batches_to_evaluate(trained.config, data),
         token_bytes=torch.from_numpy(tokenizer.token_bytes),
     )
     perplexity = math.exp(min(result.loss, 700.0))

@@ -61,11 +61,9 @@ def memory_explained(trainer: "Trainer", batch: "Batch", directory: Path) -> Ite
     those to come. What the failed step held is given back before the error leaves.
     Errors: MemoryExhaustedError.
     """
-    from truestep.machine import free_bytes
-    from truestep.training.footprint import bytes_to_come
+    from truestep.training.footprint import room_for_a_step
 
-    free = free_bytes(trainer.device)
-    room = None if free is None else max(0, free - bytes_to_come(trainer.model, trainer.optimizer))
+    room = room_for_a_step(trainer.model, trainer.optimizer)
     try:
         yield
     except (RuntimeError, MemoryError) as error:

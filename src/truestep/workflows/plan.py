@@ -29,13 +29,15 @@ class Plan:
     """A run before it is run, times in seconds; `config` has what was found instead of auto.
 
     `start` is from the command to the first step, of text that is prepared; `validation` that of
-    each on the way. What was `computed` knows neither. `train_tokens` is all the text there is.
+    each on the way, `last_validation` of all held-out text after the last update. What was
+    `computed` knows none of them. `train_tokens` is all the text there is.
     """
 
     config: RunConfig
     estimate: Estimate
     start: float
     validation: float
+    last_validation: float
     peak_bytes: int | None
     machine: str
     train_tokens: int
@@ -101,18 +103,26 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     )
     planned = training.config.model_copy(update={"training": resolved})
     validation = _seconds_of_validation(replace(training, config=planned))
+    on_the_way = config.run.evaluation_windows * config.model.context_length
+    last = validation * max(1.0, len(training.data.validation) / on_the_way)
     machine, peak = device_name(trainer.device), peak_bytes(trainer.device)
     tokens = len(training.data.train)
-    return Plan(planned, found, start, validation, peak, machine, tokens)
+    return Plan(planned, found, start, validation, last, peak, machine, tokens)
 
 
 def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
     """Return what a run would cost on a GPU that is not here, computed from its data sheet.
 
-    In bfloat16, and compiled unless the settings say no; nothing is trained.
-    Errors: as for `build` and `computed_estimate`; RunError for settings that ask for float32.
+    In bfloat16; nothing is trained. Settings that only the GPU can tell stay auto.
+    Errors: as for `build` and `computed_estimate`; RunError for settings that ask for float32, or
+    for another device.
     """
     asked = config.training
+    if config.run.device not in {"auto", "cuda"}:
+        raise RunError(
+            f"run.device={config.run.device}, but the plan is for a GPU; leave it at auto, or plan "
+            "without --gpu"
+        )
     if asked.precision == "float32":
         raise RunError(
             "training.precision=float32, but a data sheet is computed in bfloat16; leave it at "
@@ -139,10 +149,10 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
     )
     there = training.config.training.model_copy(
         update={
-            "compile": "on" if asked.compile == "auto" else asked.compile,
+            "compile": asked.compile,
             "micro_batch_size": found.micro_batch_size,
             "precision": "bfloat16",
-            "deterministic": asked.deterministic,  # as the GPU's own auto has it
+            "deterministic": asked.deterministic,
         }
     )
     memory = found.memory
@@ -153,7 +163,7 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
     )
     machine = f"{gpu.title}, by its data sheet"
     tokens = len(training.data.train)
-    return Plan(planned, found, 0.0, 0.0, peak, machine, tokens, computed=True)
+    return Plan(planned, found, 0.0, 0.0, 0.0, peak, machine, tokens, computed=True)
 
 
 def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 0.0) -> Plan:

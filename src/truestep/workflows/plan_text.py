@@ -13,8 +13,8 @@ _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     """Yield the plan as a person reads it."""
     config, found = plan.config, plan.estimate
-    compiled = "compiled" if config.training.compile == "on" else "not compiled"
-    yield f"machine     {plan.machine}, {config.training.precision}, {compiled}"
+    compiled = {"on": ", compiled", "off": ", not compiled"}.get(config.training.compile, "")
+    yield f"machine     {plan.machine}, {config.training.precision}{compiled}"
     yield f"parameters  {found.num_parameters:,}"
     tokens = f"{found.tokens_per_step:,} tokens a step"
     if found.flops_per_token is None:
@@ -68,7 +68,8 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     else:
         yield _time(plan, seconds)
     if price_per_hour is not None:
-        yield f"cost        {seconds / 3600 * price_per_hour:,.2f} at {price_per_hour:g} an hour"
+        cost = (seconds + plan.last_validation) / 3600 * price_per_hour
+        yield f"cost        {cost:,.2f} at {price_per_hour:g} an hour"
 
 
 def _time(plan: Plan, seconds: float) -> str:
@@ -77,7 +78,8 @@ def _time(plan: Plan, seconds: float) -> str:
     return (
         f"time        {format_duration(seconds)} for {count(steps, 'step')}: {plan.start:.1f} s to "
         f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
-        f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way"
+        f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way; then "
+        f"{format_duration(plan.last_validation)} for all held-out text"
     )
 
 

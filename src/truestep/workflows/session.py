@@ -10,7 +10,6 @@ import torch
 
 from truestep.checkpoint.commit import Validation
 from truestep.checkpoint.writer import CheckpointWriter
-from truestep.data.loader import evaluation_batches
 from truestep.machine import measure_peak_flops
 from truestep.metrics import StepMetrics
 from truestep.observe.display import Display, open_display
@@ -21,6 +20,7 @@ from truestep.training.companion import every
 from truestep.training.evaluate import Evaluation
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training
+from truestep.workflows.evaluate import batches_to_evaluate
 from truestep.workflows.history import record_changes
 from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_run_files
 from truestep.workflows.trained import write_text
@@ -145,12 +145,7 @@ class Session:
 
     def _evaluate(self, num_windows: int | None) -> Evaluation:
         config, data = self.training.config, self.training.data
-        batches = evaluation_batches(
-            data.validation,
-            context_length=config.model.context_length,
-            batch_size=int(config.training.micro_batch_size),  # what fits in memory in training
-            num_windows=num_windows,
-        )
+        batches = batches_to_evaluate(config, data.validation, num_windows)
         token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
         return self.training.trainer.evaluate(batches, token_bytes=token_bytes)
 

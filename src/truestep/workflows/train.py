@@ -22,7 +22,7 @@ from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
 from truestep.observe.sinks import as_json
 from truestep.shell import command
-from truestep.storage import DISK_FULL, StorageError, explain, remove_unfinished
+from truestep.storage import DISK_FULL, StorageError, explain
 from truestep.training.diagnosis import NonFiniteError
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_data, say_what_changed
@@ -236,5 +236,4 @@ def _leave_at_the_second(heard: int, numbers: list[signal.Signals]) -> None:
         if first is None:
             first, since = number, now
         elif number != first or now - since > _ONE_SIGNAL_SECONDS:
-            remove_unfinished()
             os._exit(128 + number)
