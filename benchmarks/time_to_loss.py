@@ -1,15 +1,17 @@
 """Seconds to a validation loss on a text's characters: truestep's recipes, nanoGPT, litgpt.
 
-    python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH --peers litgpt \\
+    python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH \\
         --targets 1.73 1.50 --seeds 0 1 2 --output docs/figures/time-to-loss.json
+
+With `--variants`, only these; litgpt only so.
 
 All have W3's layers and 256 characters of context and train on the first nine tenths. The clock
 runs from before the model is built, when everything is imported, with the compiler's cache empty,
 on the CPU,
 and stands while the loss of the last tenth is measured, all of it, in float32. Each trial is a
-process of its own, with the allocator set alike. Our schedules are made for their target; nanoGPT
-is tried with both lengths that it publishes, litgpt with the shorter. A trial that stands in the
-output is not made again.
+process of its own, with the allocator set alike. Our steps, rows and schedules are made for their
+target; the others have 12 rows, nanoGPT is tried with both lengths that it publishes, litgpt with
+the shorter. A trial that stands in the output is not made again.
 """
 
 import argparse
@@ -48,6 +50,7 @@ _EVERY, _NEAR = 10, 0.1
 _COLUMNS = ("target", "reached", "seconds", "steps_made", "loss")
 # Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
 _NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
+_OWN = ("truestep", "truestep compiled")
 _OWN_SHAPE = {"qk_norm": True, "residual_init": "zero"}
 _QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 Update = Callable[[int, torch.Tensor], None]
@@ -109,7 +112,7 @@ def own_config(steps: int, compile_: bool, seed: int) -> TrainingConfig:
         "embedding_learning_rate_factor": 10,  # pays in a few hundred steps: docs/recipes.md
         "num_steps": steps,
         "warmup_steps": min(20, steps // 10),
-        "decay_steps": 2 * steps // 5,
+        "decay_steps": 3 * steps // 5,
         "compile": "on" if compile_ else "off",
         "seed": seed,
     }
@@ -176,7 +179,7 @@ def trial(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Train one of them in this process until its last target, its last step or the limit."""
     text, vocab_size = characters(options.data)
     cut = 9 * len(text) // 10
-    workload = Workload(4, 4, 128, vocab_size, 256, 12)
+    workload = Workload(4, 4, 128, vocab_size, 256, options.rows)
     if options.variant == "litgpt":  # what others import stands at the top
         import lightning  # noqa: F401
         import litgpt.model
@@ -215,7 +218,8 @@ def in_a_process(options: argparse.Namespace, key: dict[str, Any]) -> list[dict[
     if options.nanogpt is not None:
         command += ["--nanogpt", str(options.nanogpt)]
     command += ["--variant", key["variant"], "--limit", str(60 * options.minutes)]
-    command += ["--steps", str(key["steps"]), "--seed", str(key["seed"]), "--targets"]
+    command += ["--steps", str(key["steps"]), "--rows", str(key["rows"])]
+    command += ["--seed", str(key["seed"]), "--targets"]
     command += map(str, key["targets"])
     with tempfile.TemporaryDirectory() as cache:
         environment = environment_of_cache(Path(cache)) | {"CUDA_VISIBLE_DEVICES": ""}
@@ -227,37 +231,45 @@ def in_a_process(options: argparse.Namespace, key: dict[str, Any]) -> list[dict[
 def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what makes each trial: ours have a schedule for each target, the others one for all."""
     text = hashlib.sha256(options.data.read_bytes()).hexdigest()
-    theirs = dict.fromkeys(options.peers, 2000) | (_NANOGPT_STEPS if options.nanogpt else {})
+    theirs = {"litgpt": 2000} | _NANOGPT_STEPS
     for seed in options.seeds:
         common = {"seed": seed, "text": text, "minutes": options.minutes}
-        for target, steps in zip(options.targets, options.own_steps, strict=True):
-            for variant in ("truestep", "truestep compiled"):
+        for target, steps, rows in zip(
+            options.targets, options.own_steps, options.own_rows, strict=True
+        ):
+            for variant in (name for name in options.variants if name in _OWN):
                 config = own_config(steps, variant.endswith("compiled"), seed)
                 recipe = config.model_dump(mode="json") | _OWN_SHAPE
-                own = {"variant": variant, "steps": steps, "targets": [target], "recipe": recipe}
-                yield own | common
-        for variant, steps in theirs.items():
-            yield {"variant": variant, "steps": steps, "targets": options.targets} | common
+                own = {"variant": variant, "steps": steps, "rows": rows, "targets": [target]}
+                yield own | {"recipe": recipe} | common
+        for variant in (name for name in options.variants if name in theirs):
+            own = {"variant": variant, "steps": theirs[variant], "rows": 12}
+            yield own | {"targets": options.targets} | common
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--data", type=existing, required=True, help="a text file")
     parser.add_argument("--nanogpt", type=existing, help="a checkout of nanoGPT")
-    parser.add_argument("--peers", nargs="*", choices=["litgpt"], default=[])
+    every = [*_OWN, *_NANOGPT_STEPS, "litgpt"]
+    parser.add_argument("--variants", nargs="+", choices=every, default=every[:-1])
     parser.add_argument("--targets", type=float, nargs="+", default=[1.73, 1.50])
-    parser.add_argument("--own-steps", type=positive, nargs="+", default=[200, 1000])
+    parser.add_argument("--own-steps", type=positive, nargs="+", default=[390, 1000])
+    parser.add_argument("--own-rows", type=positive, nargs="+", default=[4, 12])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=30, help="longest trial")
     hidden = parser.add_argument_group("of a single trial, in its process")
     hidden.add_argument("--variant")
     hidden.add_argument("--steps", type=positive)
+    hidden.add_argument("--rows", type=positive)
     hidden.add_argument("--seed", type=int)
     hidden.add_argument("--limit", type=float)
     options = parser.parse_args()
     if options.variant is not None:
         print(json.dumps(trial(options)))
         return
+    if options.nanogpt is None and not _NANOGPT_STEPS.keys().isdisjoint(options.variants):
+        parser.error("--nanogpt PATH is needed to try nanoGPT; or name others by --variants")
     results = earlier(options.output, "trials")
     for key in wanted(options):
         if any(key.items() <= result.items() for result in results):

@@ -69,8 +69,10 @@ def test_every_recipe_is_made_of_settings_that_exist(path):
 
 
 def test_a_run_of_nanogpt_serves_all_targets_and_each_of_ours_has_a_schedule_for_one():
-    options = Namespace(data=Path(__file__), minutes=30, peers=["litgpt"], nanogpt=Path())
+    variants = ["truestep", "truestep compiled", *NANOGPT, "litgpt"]
+    options = Namespace(data=Path(__file__), minutes=30, variants=variants)
     options.targets, options.own_steps, options.seeds = [1.73, 1.5], [200, 1000], [0, 1]
+    options.own_rows = [4, 12]
     trials = [(t["variant"], t["steps"], t["targets"]) for t in races(options) if t["seed"] == 1]
     own = [trial for trial in trials if trial[0].startswith("truestep")]
     assert [trial[1:] for trial in own] == [(200, [1.73])] * 2 + [(1000, [1.5])] * 2
