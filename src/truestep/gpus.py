@@ -9,7 +9,10 @@ ASSUMED_UTILIZATION = 0.4
 
 
 class GPU(NamedTuple):
-    """A GPU: dense bfloat16 products added up in float32, and the bytes that its driver offers."""
+    """A GPU: dense bfloat16 products added up in float32, and about the bytes that are offered.
+
+    Those are less than the data sheet's; only the H200's were compared with a GPU.
+    """
 
     title: str
     flops_per_second: float
