@@ -254,8 +254,8 @@ def main() -> None:
     every = [*_OWN, *_NANOGPT_STEPS, "litgpt"]
     parser.add_argument("--variants", nargs="+", choices=every, default=every[:-1])
     parser.add_argument("--targets", type=float, nargs="+", default=[1.73, 1.50])
-    parser.add_argument("--own-steps", type=positive, nargs="+", default=[520, 1600])
-    parser.add_argument("--own-rows", type=positive, nargs="+", default=[4, 6])
+    parser.add_argument("--own-steps", type=positive, nargs="+", default=[360, 1800])
+    parser.add_argument("--own-rows", type=positive, nargs="+", default=[6, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=30, help="longest trial")
     hidden = parser.add_argument_group("of a single trial, in its process")
