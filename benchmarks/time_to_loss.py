@@ -109,6 +109,7 @@ def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) ->
 def own_config(steps: int, compile_: bool, seed: int) -> TrainingConfig:
     changes = {
         "learning_rate": 3e-3,
+        "muon_learning_rate": 0.015,
         "embedding_learning_rate_factor": 10,  # pays in a few hundred steps: docs/recipes.md
         "num_steps": steps,
         "warmup_steps": min(20, steps // 10),
