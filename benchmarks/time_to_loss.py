@@ -45,8 +45,9 @@ from truestep.runtime import keep_freed_memory, multiplies_bfloat16
 from truestep.training.probe import logits_of
 
 _WINDOWS_AT_ONCE = 16
-# The validation text is read after so many steps where a target is near, else after five times.
-_EVERY, _NEAR = 10, 0.1
+# The validation text is read after so many steps, or this share of those made, where a target is
+# near, else after five times as many.
+_EVERY, _SHARE, _NEAR = 10, 0.02, 0.1
 _COLUMNS = ("target", "reached", "seconds", "steps_made", "loss")
 # Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
 _NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
@@ -195,20 +196,21 @@ def trial(options: argparse.Namespace) -> list[dict[str, Any]]:
         compile_ = options.variant.endswith("compiled")
         model, update = truestep_trial(workload, options.steps, compile_, options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    step, loss, seconds = 0, math.inf, 0.0
+    step, next_look, loss, seconds = 0, 5 * _EVERY, math.inf, 0.0
     left, found = sorted(options.targets, reverse=True), []
     while left and step < options.steps and seconds < options.limit:
         starts = torch.randint(cut - length - 1, (workload.batch_size, 1), generator=generator)
         update(step, text[starts + torch.arange(length + 1)])
         step += 1
         seconds = clock.seconds()
-        every = _EVERY if loss < left[0] + _NEAR else 5 * _EVERY
-        if step % every == 0 or step == options.steps:
+        if step in (next_look, options.steps):
             began = time.perf_counter()
             loss = validation_loss(model, text[cut:], length)
             clock.stand(began)
             while left and loss <= left[0]:
                 found.append((left.pop(0), True, seconds, step, loss))
+            is_near = left and loss < left[0] + _NEAR
+            next_look = step + max(_EVERY, int(_SHARE * step)) * (1 if is_near else 5)
     found += [(target, False, seconds, step, loss) for target in left]
     return [dict(zip(_COLUMNS, row, strict=True)) for row in found]
 

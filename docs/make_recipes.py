@@ -76,10 +76,10 @@ PLAN_TEXT = """## What a plan predicts, and what the run shows
 
 LOSS_TEXT = """## Time to a loss
 
-`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from when everything is imported, building the model and compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context; 12 rows, of ours 4 to 1.73 and 6 to 1.50. nanoGPT's model and optimizer are its own; schedule and step are as its train.py has them, without dropout. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules, by preference one that reached it:
+`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from when everything is imported, building the model and compilation with an empty cache included, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context; 12 rows, ours 6. nanoGPT's model and optimizer are its own; schedule and step are as its train.py has them, without dropout. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules, by preference one that reached it:
 
-| | to | seconds | steps | factor |
-|---|---|---|---|---|
+| | to | seeds | seconds | steps | factor |
+|---|---|---|---|---|---|
 """
 
 
@@ -209,7 +209,7 @@ def rows_of(trials: list[Any]) -> Iterator[str]:
                 factor = f"{bound}{_seconds(base) / _seconds(own):.1f}" if base else ""
             steps = statistics.median(t["steps_made"] for t in own)
             yield (
-                f"| {variant} | {target:g} | {sign}{_seconds(own):,.0f} ({seconds[0]:,.0f} to "
+                f"| {variant} | {target:g} | {len(own)} | {sign}{_seconds(own):,.0f} ({seconds[0]:,.0f} to "
                 f"{seconds[-1]:,.0f}) | {steps:,.0f} | {factor} |\n"
             )
 

@@ -94,6 +94,6 @@ def test_the_factor_over_nanogpt_is_a_bound_where_it_did_not_get_there():
     bound = trials(second, [100, 100, 100], reached=False)
     for others, factor in ((slow + bound, "5.1"), (bound, "> 8.3"), ([], "")):
         (row,) = [r for r in rows_of(own + others) if r.startswith("| truestep |")]
-        assert row == f"| truestep | 1.5 | 12 (10 to 20) | 9 | {factor} |\n"
+        assert row == f"| truestep | 1.5 | 3 | 12 (10 to 20) | 9 | {factor} |\n"
     rows = list(rows_of(trials("truestep", [1800], reached=False) + slow))
-    assert rows[0] == "| truestep | 1.5 | > 1,800 (1,800 to 1,800) | 9 |  |\n"
+    assert rows[0] == "| truestep | 1.5 | 1 | > 1,800 (1,800 to 1,800) | 9 |  |\n"
