@@ -110,7 +110,7 @@ def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) ->
 def own_config(steps: int, compile_: bool, seed: int) -> TrainingConfig:
     changes = {
         "learning_rate": 3e-3,
-        "muon_learning_rate": 0.015,
+        "muon_momentum": 0.9,
         "embedding_learning_rate_factor": 10,  # pays in a few hundred steps: docs/recipes.md
         "num_steps": steps,
         "warmup_steps": min(20, steps // 10),
@@ -257,7 +257,7 @@ def main() -> None:
     every = [*_OWN, *_NANOGPT_STEPS, "litgpt"]
     parser.add_argument("--variants", nargs="+", choices=every, default=every[:-1])
     parser.add_argument("--targets", type=float, nargs="+", default=[1.73, 1.50])
-    parser.add_argument("--own-steps", type=positive, nargs="+", default=[360, 1800])
+    parser.add_argument("--own-steps", type=positive, nargs="+", default=[300, 2000])
     parser.add_argument("--own-rows", type=positive, nargs="+", default=[6, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=30, help="longest trial")
