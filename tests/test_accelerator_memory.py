@@ -13,7 +13,8 @@ from test_fit import Records
 from truestep import NonFiniteError, Trainer, TrainingConfig
 from truestep.cli import main
 from truestep.config import RunConfig
-from truestep.settings import read_settings_file, validate
+from truestep.setting_sources import read_settings_file
+from truestep.settings import validate
 
 STEP = 6  # whose backward pass fails
 

@@ -11,16 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from truestep.settings import (
-    Config,
-    cosmetic,
-    read_environment,
-    read_settings_file,
-    shown,
-    trajectory,
-    validate,
-    without_auto,
-)
+from truestep.setting_sources import read_environment, read_settings_file
+from truestep.settings import Config, cosmetic, shown, trajectory, validate, without_auto
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

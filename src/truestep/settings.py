@@ -1,23 +1,17 @@
-"""How settings are declared, validated, explained and read from files and the environment.
+"""How settings are declared, validated and explained.
 
 The settings themselves stand in `config.py`; this file knows none of them by name.
 """
 
 import difflib
 import json
-import stat
-import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-
-ENVIRONMENT_PREFIX = "TRUESTEP_"
-FILE_LIMIT_BYTES = 2**20  # a settings file is a page, not a corpus
 
 
 def trajectory(default: Any, **constraints: Any) -> Any:
@@ -122,37 +116,6 @@ def settings(config: type[BaseModel]) -> Iterator[Setting]:
         )
 
 
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """Return the mapping in a TOML or JSON file.
-
-    Errors: ConfigError naming the file, and the place in it.
-    """
-    try:
-        if path.suffix not in {".toml", ".json"} and not path.is_dir():
-            raise _file_error(path, "is neither .toml nor .json; rename it or convert it")
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait, a device never end
-            raise _file_error(path, "is not a file; give a file of settings")
-        if status.st_size > FILE_LIMIT_BYTES:
-            raise _file_error(path, f"is larger than {FILE_LIMIT_BYTES} bytes: not a config file")
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except ConfigError:
-        raise
-    except FileNotFoundError:
-        raise _file_error(path, "does not exist; check the path") from None
-    except OSError as error:
-        raise _file_error(path, f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise _file_error(path, "is not in UTF-8; save it so") from None
-    except (ValueError, RecursionError) as error:
-        raise _file_error(path, f"is not valid {path.suffix[1:].upper()}: {error}") from None
-    if not isinstance(values, dict):
-        remedy = "write key = value lines" if path.suffix == ".toml" else 'write {"section": {}}'
-        raise _file_error(path, f"holds no table of settings; {remedy}")
-    return values
-
-
 def validate(config: type[C], sources: Mapping[str, Mapping[str, Any]]) -> C:
     """Merge `sources` (a later one wins, key by key) and return the validated settings.
 
@@ -185,32 +148,6 @@ def validate(config: type[C], sources: Mapping[str, Mapping[str, Any]]) -> C:
         raise ConfigError(problems) from None
 
 
-def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings in `TRUESTEP_SECTION__KEY` variables; values are read as TOML does.
-
-    Errors: ConfigError for a TRUESTEP_ variable that names no setting, with the nearest one.
-    """
-    known = {_variable(setting.name): setting for setting in settings(config)}
-    values: dict[str, Any] = {}
-    for variable in sorted(environ):
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        if variable not in known:
-            name = variable.removeprefix(ENVIRONMENT_PREFIX)
-            plain = [full.removeprefix(ENVIRONMENT_PREFIX) for full in known]
-            ending = [full for full in plain if full.split("__")[-1] == name]
-            hint = nearest(name, plain, ending, ENVIRONMENT_PREFIX)
-            problem = f"environment variable {variable} names no setting{hint}"
-            raise ConfigError([Problem((), problem)])
-        table = values
-        *sections, key = known[variable].name.split(".")
-        for section in sections:
-            table = table.setdefault(section, {})
-        text = environ[variable]
-        table[key] = text if known[variable].type == "str" else _parse(text)
-    return values
-
-
 def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested settings without those that are "auto"."""
     return {
@@ -218,18 +155,6 @@ def without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value != "auto"
     }
-
-
-def _variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.upper().replace(".", "__")
-
-
-def _parse(text: str) -> Any:
-    """Read a number, boolean or list as TOML would; anything else is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def section_of(field: FieldInfo) -> type[Config] | None:
@@ -319,7 +244,3 @@ def _type_text(annotation: Any) -> str:
     if origin is tuple:
         return ", ".join(_type_text(argument) for argument in arguments)
     return str(annotation.__name__)
-
-
-def _file_error(path: Path, text: str) -> ConfigError:
-    return ConfigError([Problem((), f"config file {path} {text}")])

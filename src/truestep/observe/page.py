@@ -14,7 +14,7 @@ from truestep.observe.markup import block, facts_list, line, write_page
 from truestep.observe.plots import read_run, summarize
 from truestep.observe.spikes import Spike, find_spikes, inspect_command
 from truestep.observe.text import format_duration
-from truestep.settings import read_settings_file
+from truestep.setting_sources import read_settings_file
 from truestep.storage import read_file
 
 _MANIFEST_LIMIT_BYTES = 2**20  # facts about a run, not data

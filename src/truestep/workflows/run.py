@@ -15,7 +15,8 @@ from truestep.config import RunConfig, RunSettings
 from truestep.data.bpe import BytePairTokenizer
 from truestep.data.tokenizer import DEFINITION, Tokenizer, load_tokenizer
 from truestep.observe.text import format_bytes
-from truestep.settings import read_settings_file, validate
+from truestep.setting_sources import read_settings_file
+from truestep.settings import validate
 from truestep.shell import command
 from truestep.storage import LOCAL, read_file, replace_file
 from truestep.workflows.resources import checkpoint_bytes, num_checkpoints
