@@ -92,7 +92,8 @@ def test_the_factor_over_nanogpt_is_a_bound_where_it_did_not_get_there():
     own = trials("truestep", [10, 12, 20])
     slow = trials(first, [60, 61, 90])
     bound = trials(second, [100, 100, 100], reached=False)
-    for others, factor in ((slow + bound, "5.1"), (bound, "> 8.3"), ([], "")):
+    short = trials(first, [50], reached=False)
+    for others, factor in ((slow + bound, "5.1"), (short + bound, "> 8.3"), ([], "")):
         (row,) = [r for r in rows_of(own + others) if r.startswith("| truestep |")]
         assert row == f"| truestep | 1.5 | 3 | 12 (10 to 20) | 9 | {factor} |\n"
     rows = list(rows_of(trials("truestep", [1800], reached=False) + slow))
