@@ -76,7 +76,7 @@ PLAN_TEXT = """## What a plan predicts, and what the run shows
 
 LOSS_TEXT = """## Time to a loss
 
-`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from when everything is imported, building the model and compilation included, with an empty cache or, where it is said to be warm, with what one step left, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context; 12 rows, ours 6. nanoGPT's model and optimizer are its own; schedule and step are as its train.py has them, without dropout. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules that reached it, or the longer where neither did:
+`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH` ({machine}): seconds from when everything is imported, building the model and compilation included, with an empty cache or, where it is said to be warm, with what one step left, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context; 12 rows, ours 6. nanoGPT's model and optimizer are its own; schedule and step are as its train.py has them, without dropout. Trials were made one after another on a quiet machine, ours to 1.73 after nanoGPT's. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules that reached it, or the longer where neither did:
 
 | | to | seeds | seconds | steps | factor |
 |---|---|---|---|---|---|
