@@ -108,6 +108,53 @@ def test_other_trainers_of_the_process_do_not_count(bigram, windows, recwarn):
     assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
 
 
+class Doubling(torch.autograd.Function):
+    """The identity, with twice its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Quadrupling(Doubling):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 4
+
+
+@pytest.mark.xdist_group("compile")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_was_compiled_is_found_again_and_a_changed_backward_is_not_taken_for_it(
+    precision, bigram, windows
+):
+    class Model(torch.nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.inner, self.function = bigram(), function
+
+        def forward(self, tokens):
+            return self.function.apply(self.inner(tokens))
+
+    def gradient_norm(function):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        config = TrainingConfig(compile="on", precision=precision)
+        norm = Trainer(Model(function), config, sinks=[]).training_step(windows()).grad_norm
+        return norm, torch._dynamo.utils.counters["aot_autograd"]
+
+    first, _ = gradient_norm(Doubling)
+    again, counts = gradient_norm(Doubling)
+    assert again == first
+    assert counts["autograd_cache_bypass"] == 0
+    assert counts["autograd_cache_hit"] > 0
+    changed, _ = gradient_norm(Quadrupling)
+    assert changed == pytest.approx(2 * first)
+
+
 class Untraceable(torch.nn.Module):
     """A model whose forward looks at values, which no single graph can hold."""
 
