@@ -92,15 +92,13 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     So does everything from the ninth shape on, since each takes seconds to minutes to compile. That
     is said once, by a warning.
     """
-    import torch._functorch.config as graph_config
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     discard_cut_libraries(Path(cache_dir()))
     # Counted for this function alone: not with those of other trainers of the process.
     compile_: Any = torch.compile  # whose overloads lack the last argument
-    cacheable = {"unsafe_marked_cacheable_functions": dict.fromkeys(_AUTOCAST, torch.__version__)}
-    options = (compile_options(device) or {}) | cacheable
+    options = compile_options(device)
     fast = compile_(
         function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
     )
@@ -110,7 +108,7 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
         nonlocal works
         if works:
             try:
-                with graph_config.patch(autograd_cache_allow_custom_autograd_functions=True):
+                with _whole_graphs_kept():
                     return fast(*arguments)
             except FailOnRecompileLimitHit:
                 works = False
@@ -130,6 +128,33 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
         return function(*arguments)
 
     return call
+
+
+@contextlib.contextmanager
+def _whole_graphs_kept() -> Iterator[None]:
+    """Let torch's cache keep graphs with autocast and with backward functions of their own.
+
+    What is said of autocast is in the key, and with it the choice of attention's kernels, which
+    torch leaves out: with another choice it is another graph.
+    """
+    import torch._functorch.config as graph_config
+    import torch._inductor.config as kernel_config
+
+    flags: Any = torch.backends.cuda  # a CPU's, too
+    chosen = (
+        torch.__version__,
+        flags.flash_sdp_enabled(),
+        flags.mem_efficient_sdp_enabled(),
+        flags.math_sdp_enabled(),
+        flags.cudnn_sdp_enabled(),
+        flags.fp16_bf16_reduction_math_sdp_allowed(),
+    )
+    marked = dict.fromkeys(_AUTOCAST, str(chosen))
+    with (
+        graph_config.patch(autograd_cache_allow_custom_autograd_functions=True),
+        kernel_config.patch(unsafe_marked_cacheable_functions=marked),
+    ):
+        yield
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
