@@ -18,7 +18,7 @@ from truestep import (
     runtime,
 )
 from truestep.training.guard import UpdateGuard
-from truestep.training.muon import Muon
+from truestep.training.muon import Muon, orthogonal
 from truestep.training.optim import adamw, clip_gradients, decay_groups, update
 
 PLAIN = {"precision": "float32", "compile": "off", "max_grad_norm": "off"}
@@ -485,6 +485,50 @@ def test_muon_is_the_written_formula_in_every_dtype(shape, dtype, tolerance):
         wanted = wanted * (1 - 0.1 * 0.2) - rate * u @ torch.diag(s) @ v
         optimizer.step()
     torch.testing.assert_close(matrix.detach(), wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "expected"),
+    [
+        (2**24, [[1, 2, 3], [1, 2, 2]]),
+        (119, [[1, 1, 1, 3], [1, 1, 1, 2]]),  # one of 60 numbers, three of 36
+        (1, [[1] * 6, [1] * 5]),
+    ],
+)
+def test_muon_updates_matrices_of_one_shape_together_and_each_as_if_alone(
+    monkeypatch, at_once, expected
+):
+    monkeypatch.setattr("truestep.training.muon._NUMBERS_AT_ONCE", at_once)
+    calls = []
+
+    def count(matrices):
+        calls.append(len(matrices))
+        return orthogonal(matrices)
+
+    monkeypatch.setattr("truestep.training.muon.orthogonal", count)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 6), (12, 5), (6, 6), (5, 12), (12, 5), (6, 6)]
+    matrices = [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in shapes
+    ]
+    alone = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
+    together = Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float64)
+    each = [Muon([m], lr=0.1, momentum=0.9, weight_decay=0.2, dtype=torch.float64) for m in alone]
+    for step in range(2):
+        for index, (matrix, single) in enumerate(zip(matrices, alone, strict=True)):
+            if (step, index) != (1, 2):  # a matrix that the second step leaves out
+                matrix.grad = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+                single.grad = matrix.grad.clone()
+            else:
+                matrix.grad = single.grad = None
+        calls.clear()
+        together.step()
+        assert sorted(calls) == expected[step]
+        for optimizer in each:
+            optimizer.step()
+    for matrix, single in zip(matrices, alone, strict=True):
+        torch.testing.assert_close(matrix, single, rtol=0, atol=1e-12)
 
 
 def test_muon_in_bfloat16_is_torchs():

@@ -1,7 +1,8 @@
 """Muon for the hidden matrices of a model, paired with AdamW for the rest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from truestep.training.optim import trainable_parameters
 
 # The polynomial's slope at 0 is as steep as it can be; its values near 1 wander from 0.7 to 1.2.
 _COEFFICIENTS, _ITERATIONS, _EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
+
+# Numbers whose matrices are made orthogonal in one product: beyond, a product is long enough.
+_NUMBERS_AT_ONCE = 2**24
 
 
 def hidden_matrices(model: nn.Module, head: nn.Module) -> list[nn.Parameter]:
@@ -63,32 +67,49 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override] # there is none
         """Update every matrix once, by Nesterov's momentum of its gradient, made orthogonal."""
         for group in self.param_groups:
-            for matrix in group["params"]:
-                if (gradient := matrix.grad) is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                average = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-                update = orthogonal(gradient.lerp(average, group["momentum"]).to(self._dtype))
-                rows, columns = matrix.shape
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+            momentum = group["momentum"]
+            for matrices in _of_one_shape(group["params"]):
+                updates = torch.stack([self._direction(m, momentum) for m in matrices])
+                rows, columns = matrices[0].shape
+                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                for matrix, update in zip(matrices, orthogonal(updates), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update, alpha=-rate)
+
+    def _direction(self, matrix: Tensor, momentum: float) -> Float[Tensor, "M N"]:
+        """Take the gradient into the average, and return where momentum leads."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        gradient: Any = matrix.grad
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        direction: Tensor = gradient.lerp(average, momentum).to(self._dtype)
+        return direction
 
 
-def orthogonal(matrix: Float[Tensor, "M N"]) -> Float[Tensor, "M N"]:
-    """Return about U V^T of the singular value decomposition U S V^T, in the matrix's own dtype.
+def _of_one_shape(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Collect matrices that have a gradient by shape, at most _NUMBERS_AT_ONCE in a list."""
+    trained = sorted((m for m in matrices if m.grad is not None), key=lambda m: m.shape)
+    for _, alike in groupby(trained, key=lambda m: m.shape):
+        same = list(alike)
+        count = max(1, _NUMBERS_AT_ONCE // same[0].numel())
+        yield from (same[i : i + count] for i in range(0, len(same), count))
 
-    Source: Jordan et al. 2024: five Newton-Schulz steps of an odd polynomial of degree five.
+
+def orthogonal(matrices: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
+    """Return about U V^T of each singular value decomposition U S V^T, in the matrices' own dtype.
+
+    Source: Jordan et al. 2024: five Newton-Schulz steps of an odd polynomial of degree five. All at
+    once: the 28 small matrices of W3 take 6 ms in bfloat16 on two cores, one after another 21.
     """
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=_EPS)  # no singular value above 1
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT.contiguous() if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)  # no singular value above 1
     for _ in range(_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class MuonAdamW(torch.optim.Optimizer):
