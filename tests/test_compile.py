@@ -318,12 +318,24 @@ def test_the_arithmetic_of_a_run_is_known_before_its_model(changes):
     assert run_flops(config) == pytest.approx(facts.flops_per_token * run_tokens, rel=0.01)
 
 
-def test_what_is_worth_compiling():
-    cpu = torch.device("cpu")
-    answers = [
-        compiler.worth_compiling(s, cpu, f) for s in ("auto", "on", "off") for f in (1, 1e14)
+@pytest.mark.parametrize(
+    ("setting", "device", "has_layers", "expected"),
+    [
+        ("auto", "cpu", False, ["off", "off", "on", "on"]),
+        ("auto", "cpu", True, ["off", "layers", "layers", "on"]),
+        ("auto", "cuda", True, ["off", "off", "off", "off"]),  # from 1e16 on
+        ("auto", "mps", True, ["off"] * 4),
+        ("on", "cpu", True, ["on"] * 4),
+        ("layers", "cpu", True, ["layers"] * 4),
+        ("off", "cpu", True, ["off"] * 4),
+    ],
+)
+def test_what_is_worth_compiling(setting, device, has_layers, expected):
+    found = [
+        compiler.worth_compiling(setting, torch.device(device), flops, has_layers=has_layers)
+        for flops in (1e13, 2e13, 3e13, 2e14)
     ]
-    assert answers == [False, True, True, True, False, False]
+    assert found == expected
 
 
 def test_auto_compiles_long_runs_only(bigram, windows):

@@ -5,17 +5,25 @@ import functools
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from truestep.compile_cache import discard_cut_libraries
 
-# Arithmetic that earns back a cold compile, of 37 to 50 s on two CPU cores: 1000 steps of W3 are
-# 2e13 (with 4096 ids, 530 are 1.5e13), 250 of W1 and 290 of W2 are 6e13 to 7e13.
-_FLOPS_WORTH_COMPILING = {"cpu": 2.5e13, "cuda": 1e16}
+Compilation = Literal["on", "layers", "off"]
+# Arithmetic of a run that earns back a cold compile. The whole takes 37 to 50 s on two CPU cores:
+# 1000 steps of W3 are 2e13 (with 4096 ids, 530 are 1.5e13), 250 of W1 and 290 of W2 6e13 to 7e13.
+_WORTH_FLOPS: dict[str, dict[Compilation, float]] = {"cpu": {"on": 2.5e13}, "cuda": {"on": 1e16}}
+# One layer for all takes 16 to 24 s where the whole takes 46 to 70, which 400 steps of W3 with 4096
+# ids earn back. Its steps are 2 to 7% longer: after 5600 of them the whole is as far.
+_WORTH_FLOPS_WITH_LAYERS: dict[str, dict[Compilation, float]] = {
+    "cpu": {"layers": 1.5e13, "on": 1.5e14}
+}
 _END_WITH_PARENT = """
 import ctypes, signal
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of Linux
@@ -29,20 +37,36 @@ compile_options(torch.device("cpu"))
 # functions that bring their own backward, a first step of W3 that finds it takes 5.7 s, not 12.5.
 _AUTOCAST = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
 _LONGEST_SECONDS = 120.0  # that the text has been ready for, and the headers have not
-CompileSetting = Literal["auto", "on", "off"]
 
 
-def worth_compiling(setting: CompileSetting, device: torch.device, run_flops: float) -> bool:
-    """Say whether to try: auto does where the run is long."""
-    if setting == "auto":
-        return run_flops >= _FLOPS_WORTH_COMPILING.get(device.type, float("inf"))
-    return setting == "on"
+def worth_compiling(
+    setting: Literal["auto"] | Compilation,
+    device: torch.device,
+    run_flops: float,
+    *,
+    has_layers: bool,
+) -> Compilation:
+    """Return what to try: for auto, what the run is long enough for."""
+    if setting != "auto":
+        return setting
+    floors = _WORTH_FLOPS_WITH_LAYERS.get(device.type) if has_layers else None
+    floors = floors or _WORTH_FLOPS.get(device.type, {})
+    paying: list[Compilation] = [kind for kind, floor in floors.items() if run_flops >= floor]
+    return paying[-1] if paying else "off"
 
 
-def resolve_compile(setting: CompileSetting, device: torch.device, run_flops: float) -> bool:
-    """Say whether to compile: auto does where the run is long and a one-line probe compiles."""
-    worth_it = worth_compiling(setting, device, run_flops)
-    return worth_it and (setting == "on" or compile_options(device) is not None)
+def resolve_compile(
+    setting: Literal["auto"] | Compilation,
+    device: torch.device,
+    run_flops: float,
+    *,
+    has_layers: bool,
+) -> Compilation:
+    """Return what to compile: for auto, what is worth it, where a one-line probe compiles."""
+    worth_it = worth_compiling(setting, device, run_flops, has_layers=has_layers)
+    if setting == "auto" and worth_it != "off" and compile_options(device) is None:
+        return "off"
+    return worth_it
 
 
 @contextlib.contextmanager
@@ -128,6 +152,27 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
         return function(*arguments)
 
     return call
+
+
+class CompiledParts:
+    """Parts of a model compiled by themselves, one for all of its class, and only where asked."""
+
+    def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
+        self._parts = parts
+        kinds: set[Any] = {type(part) for part in parts}
+        self._forwards = {kind: compiled(kind.forward, device) for kind in kinds}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the parts run compiled, except one that has been given a forward of its own."""
+        replaced = [part for part in self._parts if "forward" not in vars(part)]
+        for part in replaced:
+            part.forward = MethodType(self._forwards[type(part)], part)
+        try:
+            yield
+        finally:
+            for part in replaced:
+                del part.forward
 
 
 @contextlib.contextmanager

@@ -78,8 +78,8 @@ class TrainingConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = trajectory("auto")
     """Arithmetic of forward and backward; auto: bfloat16 where the hardware multiplies it."""
 
-    compile: Literal["auto", "on", "off"] = trajectory("auto")
-    """Compile the forward pass and the loss; auto: where it works and the run earns it back."""
+    compile: Literal["auto", "on", "layers", "off"] = trajectory("auto")
+    """Compile forward and loss; layers: one layer for all, ready sooner; auto: what pays."""
 
     deterministic: Literal["auto", "on", "off"] = trajectory("auto")
     """Use only deterministic algorithms; auto: on a CPU, where it costs nothing."""

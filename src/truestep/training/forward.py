@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +11,33 @@ from torch import Tensor, nn
 from truestep import compiler, runtime
 from truestep.batch import Batch
 from truestep.config import TrainingConfig
-from truestep.loss import compute_loss, token_losses
+from truestep.loss import DeferredLogits, compute_loss, token_losses
 from truestep.training.guard import BufferGuard
 from truestep.training.probe import logits_of
+
+
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """Return what `compile=layers` compiles of a model, which its `compiled_parts()` names.
+
+    Errors: ValueError for a model without it.
+    """
+    try:
+        named: Any = model.compiled_parts
+    except AttributeError:
+        raise ValueError(
+            f"compile=layers, but {type(model).__name__} has no method compiled_parts that names "
+            "its layers; use compile=on, which compiles any model as a whole"
+        ) from None
+    parts: list[nn.Module] = named()
+    return parts
+
+
+def _loss(
+    logits: Float[Tensor, "B T V"] | DeferredLogits,
+    targets: Int[Tensor, "B T"],
+    num_tokens: Int[Tensor, ""],
+) -> Float[Tensor, ""]:
+    return compute_loss(logits, targets, num_tokens=num_tokens)
 
 
 class ForwardLoss:
@@ -30,18 +54,34 @@ class ForwardLoss:
         device: torch.device,
     ) -> None:
         # A closure over these alone: nothing that varies by step is traced.
+        def logits(tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor | DeferredLogits:
+            with runtime.computing(precision, device):
+                return logits_of(model(tokens, **inputs))
+
         def forward_loss(
             tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
         ) -> Tensor:
-            with runtime.computing(precision, device):
-                logits = logits_of(model(tokens, **inputs))
-            return compute_loss(logits, targets, num_tokens=num_tokens)
+            return _loss(logits(tokens, inputs), targets, num_tokens)
 
         self._model, self._config = model, config
         self._precision, self._device = precision, device
         self._eager: Callable[..., Tensor] = forward_loss
-        compiled = config.compile == "on"
-        self._call = compiler.compiled(forward_loss, device) if compiled else forward_loss
+        self._call = forward_loss
+        if config.compile == "on":
+            self._call = compiler.compiled(forward_loss, device)
+        elif config.compile == "layers":
+            parts = compiler.CompiledParts(compiled_parts(model), device)
+            loss = compiler.compiled(_loss, device)
+
+            def by_layers(
+                tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
+            ) -> Tensor:
+                with parts.running():
+                    output = logits(tokens, inputs)
+                total: Tensor = loss(output, targets, num_tokens)
+                return total
+
+            self._call = by_layers
 
     @contextlib.contextmanager
     def micro_batches(self, batch: Batch, size: int, step: int) -> Iterator[Iterator[Batch]]:

@@ -221,9 +221,13 @@ class Trainer:
         self.facts = probe(self.model, batch)
         flops = self.facts.flops_per_token if self.facts else 0.0
         run_flops = flops * batch.tokens.numel() * self.config.num_steps
-        compile_it = resolve_compile(self.config.compile, self.device, run_flops)
-        resolved = {"compile": "on" if compile_it else "off"}
-        self.config = self.config.model_copy(update=resolved)
+        compilation = resolve_compile(
+            self.config.compile,
+            self.device,
+            run_flops,
+            has_layers=hasattr(self.model, "compiled_parts"),
+        )
+        self.config = self.config.model_copy(update={"compile": compilation})
         self._forward = ForwardLoss(self.model, self.config, self.precision, self.device)
 
     def token_losses(self, batch: Any) -> Tensor:

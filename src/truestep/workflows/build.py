@@ -64,9 +64,10 @@ def build(
     _require_room_for_a_batch(config)
     threads = runtime.configure_process(config.run.threads)
     device = runtime.resolve_device(config.run.device)
-    will_compile = device.type == "cpu" and compiler.worth_compiling(
-        config.training.compile, device, run_flops(config)
+    compilation = compiler.worth_compiling(
+        config.training.compile, device, run_flops(config), has_layers=True
     )
+    will_compile = device.type == "cpu" and compilation != "off"
     with compiler.headers_ahead() if will_compile else contextlib.nullcontext():
         data = open_data(config, runs, say, _own_tokenizer(existing, say) if existing else None)
     config = config.model_copy(

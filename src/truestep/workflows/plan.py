@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 
@@ -22,6 +22,8 @@ from truestep.training.schedule import resolve_decay_steps
 from truestep.workflows.build import Training, build, open_data
 from truestep.workflows.run import RunError
 from truestep.workflows.session import Session
+
+COMPILED = {"on": "compiled", "layers": "compiled by layers", "off": "not compiled"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     training = build(config, runs, lambda _: None)
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
-    compiled = "compiled" if trainer.config.compile == "on" else "not compiled"
+    compiled = COMPILED[trainer.config.compile]
     say(f"measuring a few steps, {compiled}; this takes up to two minutes")
     found = estimate(trainer, training.loader.batch_at)
     if trainer.skipped_in_a_row:
@@ -179,12 +181,13 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     flops = (found.flops_per_token or 0.0) * found.tokens_per_step * steps
     device = runtime.resolve_device(result.config.run.device)
     began = time.perf_counter()
-    if not compiler.resolve_compile("auto", device, flops):
+    compilation = compiler.resolve_compile("auto", device, flops, has_layers=True)
+    if compilation == "off":
         return result
     probed_in = time.perf_counter() - began  # as the run will
     say("compiling may pay in that time")
     gc.collect()  # the first trainer holds itself, and would be in the second's way
-    other = plan(_compiling(config, "on"), say)
+    other = plan(_compiling(config, compilation), say)
     # What the first of them waited for, imports above all, the run will as well.
     other = filled(replace(other, start=result.start + probed_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
@@ -194,7 +197,7 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     return replace(other, peak_bytes=known)
 
 
-def _compiling(config: RunConfig, setting: Literal["on", "off"]) -> RunConfig:
+def _compiling(config: RunConfig, setting: compiler.Compilation) -> RunConfig:
     training = config.training.model_copy(update={"compile": setting})
     return config.model_copy(update={"training": training})
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from truestep.gpus import ASSUMED_UTILIZATION
 from truestep.observe.text import count, format_bytes, format_duration
-from truestep.workflows.plan import Plan
+from truestep.workflows.plan import COMPILED, Plan
 
 _SHORT_STEP = 0.03  # seconds: a step of W1, computed as 0.7 ms, took 13 ms on an H200
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -13,7 +13,8 @@ _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     """Yield the plan as a person reads it."""
     config, found = plan.config, plan.estimate
-    compiled = {"on": ", compiled", "off": ", not compiled"}.get(config.training.compile, "")
+    known = COMPILED.get(config.training.compile)  # not on a GPU that is elsewhere
+    compiled = f", {known}" if known else ""
     yield f"machine     {plan.machine}, {config.training.precision}{compiled}"
     yield f"parameters  {found.num_parameters:,}"
     tokens = f"{found.tokens_per_step:,} tokens a step"
