@@ -3,8 +3,8 @@
     python benchmarks/startup.py --workloads W1 W2 W3 --output result.json
 
 Each case is a process of its own. Commands and imports are medians over some repeats; the first
-step of a workload is taken three times: uncompiled, compiled with an empty cache, and compiled with
-the cache that the time before has filled.
+step of a workload is taken five times: uncompiled, and compiled whole and by layers, each with an
+empty cache and with the one that the time before has filled.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from pathlib import Path
 from machine import argument_parser, environment_of_cache, own_environment, positive, write
 from workloads import WORKLOADS
 
+from truestep.compiler import Compilation
+
 _COMMANDS = {
     "python -c pass": ["-c", "pass"],
     "import torch": ["-c", "import torch"],
@@ -29,11 +31,19 @@ _COMMANDS = {
 }
 
 
-def first_step(name: str, compile_: str) -> None:
+# What is compiled, and the cases that share a cache, which the first of them finds empty.
+_FIRST_STEPS: dict[Compilation, tuple[str, ...]] = {
+    "off": ("uncompiled",),
+    "on": ("cold", "warm"),
+    "layers": ("cold, by layers", "warm, by layers"),
+}
+
+
+def first_step(name: str, compile_: Compilation) -> None:
     """Print the seconds that the first step and the one after it take, in this process."""
     from throughput import truestep_step
 
-    step = truestep_step(WORKLOADS[name], "auto", "on" if compile_ == "on" else "off")
+    step = truestep_step(WORKLOADS[name], "auto", compile_)
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -73,12 +83,14 @@ def main() -> None:
         print(f"{command:26}{statistics.median(seconds):8.2f} s  (least {min(seconds):.2f})")
     firsts = []
     for name in options.workloads:
-        with tempfile.TemporaryDirectory() as cache:
-            for case, compile_ in (("uncompiled", "off"), ("cold", "on"), ("warm", "on")):
+        for compile_, cases in _FIRST_STEPS.items():
+            with tempfile.TemporaryDirectory() as cache:
                 arguments = [__file__, "--first-step", name, compile_]
-                first, second = json.loads(run(arguments, cache)[1])
-                firsts.append({"workload": name, "case": case, "first": first, "second": second})
-                print(f"{name} {case:23}{first:8.2f} s  (the step after it {second:.2f})")
+                for case in cases:
+                    first, second = json.loads(run(arguments, cache)[1])
+                    row = {"workload": name, "case": case, "first": first, "second": second}
+                    firsts.append(row)
+                    print(f"{name} {case:23}{first:8.2f} s  (the step after it {second:.2f})")
     write(options.output, {"commands": times, "first_steps": firsts})
 
 

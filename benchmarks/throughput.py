@@ -23,12 +23,12 @@ from peers import Step, litgpt_model, litgpt_step, nanogpt_step, transformers_st
 from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig
+from truestep.compiler import Compilation
 from truestep.machine import measure_peak_flops
 from truestep.runtime import keep_freed_memory, resolve_device
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Compile = Literal["on", "off"]
-_OWN_VARIANTS: tuple[tuple[str, Precision, Compile], ...] = (
+_OWN_VARIANTS: tuple[tuple[str, Precision, Compilation], ...] = (
     ("truestep float32 eager", "float32", "off"),
     ("truestep float32 compiled", "float32", "on"),
     ("truestep bfloat16 eager", "bfloat16", "off"),
@@ -42,7 +42,7 @@ _WARMUP_STEPS = 3  # steps before the clock starts: they compile and fill caches
 def truestep_step(
     workload: Workload,
     precision: Precision,
-    compile_: Compile,
+    compile_: Compilation,
     model: torch.nn.Module | None = None,
 ) -> Step:
     """The reference model, or another, in a Trainer that logs nothing."""

@@ -40,7 +40,7 @@ from peers import litgpt_model, nanogpt_model
 from workloads import WORKLOADS, Workload
 
 from truestep import GPT, Trainer, TrainingConfig, compute_loss
-from truestep.compiler import uncompiled
+from truestep.compiler import Compilation, uncompiled
 from truestep.runtime import keep_freed_memory, multiplies_bfloat16
 from truestep.training.probe import logits_of
 
@@ -53,7 +53,13 @@ _COLUMNS = ("target", "reached", "seconds", "steps_made", "loss")
 # Updates up to the least rate: of nanoGPT's configuration for a CPU, and of the one for a GPU.
 _NANOGPT_STEPS = {"nanoGPT": 2000, "nanoGPT, its 5,000 steps": 5000}
 _WARM = "truestep compiled, cache warm"
-_OWN = ("truestep", "truestep compiled", _WARM)
+# Ours, and what each compiles.
+_OWN: dict[str, Compilation] = {
+    "truestep": "off",
+    "truestep compiled by layers": "layers",
+    "truestep compiled": "on",
+    _WARM: "on",
+}
 _OWN_SHAPE = {"qk_norm": True, "residual_init": "zero"}
 _QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 Update = Callable[[int, torch.Tensor], None]
@@ -101,7 +107,7 @@ def forward(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor)
     return model(tokens)
 
 
-def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) -> Any:
+def truestep_trial(workload: Workload, steps: int, compile_: Compilation, seed: int) -> Any:
     """configs/quickstart.toml on characters, with the rates and the untied head that serve them."""
     torch.manual_seed(seed)
     model = GPT(workload.config().model_copy(update=_OWN_SHAPE))
@@ -109,7 +115,7 @@ def truestep_trial(workload: Workload, steps: int, compile_: bool, seed: int) ->
     return model, lambda _, windows: trainer.training_step(windows)
 
 
-def own_config(steps: int, compile_: bool, seed: int) -> TrainingConfig:
+def own_config(steps: int, compile_: Compilation, seed: int) -> TrainingConfig:
     changes = {
         "learning_rate": 3e-3,
         "muon_momentum": 0.9,
@@ -117,7 +123,7 @@ def own_config(steps: int, compile_: bool, seed: int) -> TrainingConfig:
         "num_steps": steps,
         "warmup_steps": min(20, steps // 10),
         "decay_steps": 3 * steps // 5,
-        "compile": "on" if compile_ else "off",
+        "compile": compile_,
         "seed": seed,
     }
     return TrainingConfig.load(_QUICKSTART).model_copy(update=changes)
@@ -195,7 +201,7 @@ def trial(options: argparse.Namespace) -> list[dict[str, Any]]:
     elif options.variant == "litgpt":
         model, update = litgpt_trial(workload, options.steps, options.seed)
     else:
-        compile_ = options.variant != "truestep"
+        compile_ = _OWN[options.variant]
         model, update = truestep_trial(workload, options.steps, compile_, options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     step, next_look, loss, seconds = 0, 5 * _EVERY, math.inf, 0.0
@@ -245,7 +251,7 @@ def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             options.targets, options.own_steps, options.own_rows, strict=True
         ):
             for variant in (name for name in options.variants if name in _OWN):
-                config = own_config(steps, variant != "truestep", seed)
+                config = own_config(steps, _OWN[variant], seed)
                 recipe = config.model_dump(mode="json") | _OWN_SHAPE
                 own = {"variant": variant, "steps": steps, "rows": rows, "targets": [target]}
                 yield own | {"recipe": recipe} | common

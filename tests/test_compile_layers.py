@@ -1,12 +1,16 @@
 """One layer compiled for all: it agrees with the eager step, keeps its bits, leaves no trace."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from truestep import GPT, GPTConfig, Trainer, TrainingConfig, load_checkpoint, save_checkpoint
 from truestep.compiler import compile_options
+from truestep.model.gpt import DEFERRED_VOCAB_SIZE
 
 pytestmark = pytest.mark.xdist_group("compile")
 
@@ -37,13 +41,31 @@ class Stack(nn.Module):
     def forward(self, tokens):
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x)
+            x = self.run(layer, x)
         return self.head(self.norm(x))
 
+    def run(self, layer, x):
+        return layer(x=x)
 
-def stack():
+
+class Checkpointed(Stack):
+    """The same, with each layer's forward made once more in backward."""
+
+    def run(self, layer, x):
+        return checkpoint(layer, x, use_reentrant=False)
+
+
+class Shared(Stack):
+    """The same, with one layer in all places."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([self.layers[0]] * 3)
+
+
+def stack(kind=Stack):
     torch.manual_seed(0)
-    return Stack()
+    return kind()
 
 
 def gpt(**changes):
@@ -77,6 +99,59 @@ def test_each_class_is_compiled_once_and_the_step_agrees_with_the_eager_one(wind
     assert counters["stats"]["unique_graphs"] == 3  # a layer, the norm and the loss
     for mine, theirs in zip(model.parameters(), eager_model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_left_to_the_loss_is_compiled_with_it(windows):
+    def of(compile_):
+        torch.manual_seed(0)
+        shape = {"num_layers": 2, "num_heads": 1, "width": 8, "context_length": 8}
+        model = GPT(GPTConfig(vocab_size=DEFERRED_VOCAB_SIZE, **shape))
+        return trained(model, windows, compile_, steps=2)
+
+    assert of("layers") == pytest.approx(of("off"), rel=1e-5)
+
+
+def test_layers_draw_dropout_of_their_own_and_backward_uses_the_same(windows):
+    """Of a layer that adds dropout(1), the bias's gradient at a place is 0 where it dropped."""
+    model, outputs = stack(), []
+    for layer in model.layers:
+        nn.init.zeros_(layer.linear.weight)
+        nn.init.ones_(layer.linear.bias)
+        layer.register_forward_hook(
+            lambda _, args, kwargs, out: outputs.append((out - kwargs["x"]).detach()),
+            with_kwargs=True,
+        )
+    trainer = Trainer(model, TrainingConfig(compile="layers", precision="float32"), sinks=[])
+    trainer.prepare(windows())
+    outputs.clear()
+    trainer.training_step(windows())
+    kept = [output > 0.5 for output in outputs]
+    assert len(kept) == 3
+    assert all(0.5 < mask.float().mean() < 0.9 for mask in kept)
+    assert not any(torch.equal(a, b) for a, b in combinations(kept, 2))
+
+
+def test_a_layer_that_backward_runs_again_drops_the_same(windows):
+    assert trained(stack(Checkpointed), windows, "layers") == trained(stack(), windows, "layers")
+
+
+def test_a_layer_in_several_places_is_put_back(windows):
+    model = stack(Shared)
+    trained(model, windows, "layers", steps=1)
+    assert "forward" not in vars(model.layers[0])
+
+
+def test_a_layer_that_comes_later_is_compiled_too(windows):
+    class Later(Layer):
+        def forward(self, x):
+            assert torch.compiler.is_compiling()
+            return super().forward(x)
+
+    model = stack()
+    trainer = Trainer(model, TrainingConfig(compile="layers"), sinks=[])
+    trainer.prepare(windows())
+    model.layers[1].__class__ = Later
+    trainer.training_step(windows())
 
 
 def test_evaluation_runs_uncompiled_and_leaves_the_bits_of_training(windows):
@@ -131,9 +206,28 @@ def test_a_step_that_fails_leaves_the_layers_as_they_were(windows, monkeypatch):
     assert not any("forward" in vars(module) for module in (*model.layers, model.norm))
 
 
+class Empty(Stack):
+    def compiled_parts(self):
+        return []
+
+
 def test_a_model_that_names_no_layers_is_told_what_serves(bigram, windows):
-    trainer = Trainer(bigram(), TrainingConfig(compile="layers"), sinks=[])
-    with pytest.raises(ValueError, match=r"compile=layers, but Bigram .* use compile=on"):
+    # What is compiled already has the names of what it wraps, and no layers to compile.
+    for model in (bigram(), stack(Empty), torch.compile(stack())):
+        trainer = Trainer(model, TrainingConfig(compile="layers"), sinks=[])
+        with pytest.raises(ValueError, match=r"compile=layers, but \w+ has .* use compile=on"):
+            trainer.training_step(windows())
+
+
+def test_layers_that_differ_run_uncompiled_from_the_ninth_on_and_say_whose(windows):
+    model = stack()
+    for index, layer in enumerate(model.layers):
+        layer.dropout.p = index / 10
+    trainer = Trainer(model, TrainingConfig(compile="layers"), sinks=[])
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.warns(UserWarning, match="kinds of layers, were compiled: Layer runs uncompiled"),
+    ):
         trainer.training_step(windows())
 
 

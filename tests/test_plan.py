@@ -200,28 +200,34 @@ def test_the_command_plans_and_leaves_nothing_but_the_prepared_text(capsys, monk
     assert main(["train", "plan.toml"]) == 0  # the settings are whole
 
 
-def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_back(monkeypatch):
+@pytest.mark.parametrize("pays", ["layers", "on"])
+def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_back(
+    monkeypatch, pays
+):
     asked = []
 
     def plan_(config, *_):
         asked.append(config.training.compile)
-        found = replace(planned().estimate, step=0.4 if asked[-1] == "on" else 0.5)
-        found = replace(found, first_step=40.0 if asked[-1] == "on" else 1.0)
+        found = replace(planned().estimate, step=0.5 if asked[-1] == "off" else 0.4)
+        found = replace(found, first_step=1.0 if asked[-1] == "off" else 40.0)
         # The second is made in a process that has imported everything: the run will not be.
         return replace(planned(config=config, estimate=found), start=3.0 if len(asked) == 1 else 0)
 
     monkeypatch.setattr(workflow, "plan", plan_)
     monkeypatch.setattr(workflow, "time", SimpleNamespace(perf_counter=lambda: 0.0))
-    monkeypatch.setattr(
-        compiler, "resolve_compile", lambda setting, device, flops: flops >= 100 * 6e9
-    )
+
+    def resolve(setting, device, flops, *, has_layers):
+        assert has_layers
+        return pays if flops >= 100 * 6e9 else "off"
+
+    monkeypatch.setattr(compiler, "resolve_compile", resolve)
     config = planned().config
-    for seconds, compile_, plans in ((20, "off", 1), (100, "off", 2), (1000, "on", 2)):
+    for seconds, compile_, plans in ((20, "off", 1), (100, "off", 2), (1000, pays, 2)):
         asked.clear()
         found = plan_within(config, seconds, print)
         assert found.config.training.compile == compile_
         assert found.start == 3.0
-        assert asked == ["off", "on"][:plans]
+        assert asked == ["off", pays][:plans]
     config = RunConfig(training={"compile": "on"})
     asked.clear()
     assert plan_within(config, 100, print).config.training.num_steps == 143  # 43 s, and 142 of 0.4

@@ -5,7 +5,7 @@ import functools
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -52,7 +52,7 @@ def worth_compiling(
     floors = _WORTH_FLOPS_WITH_LAYERS.get(device.type) if has_layers else None
     floors = floors or _WORTH_FLOPS.get(device.type, {})
     paying: list[Compilation] = [kind for kind, floor in floors.items() if run_flops >= floor]
-    return paying[-1] if paying else "off"
+    return max(paying, key=floors.__getitem__, default="off")
 
 
 def resolve_compile(
@@ -110,11 +110,13 @@ def compile_options(device: torch.device) -> dict[str, Any] | None:
     return None
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], device: torch.device, name: str = "the model"
+) -> Callable[..., Any]:
     """Compile a function into one graph for each shape; what cannot be traced runs as it is.
 
     So does everything from the ninth shape on, since each takes seconds to minutes to compile. That
-    is said once, by a warning.
+    is said once, by a warning that has the function's `name`.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -128,51 +130,72 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     )
     works = True
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         nonlocal works
         if works:
             try:
                 with _whole_graphs_kept():
-                    return fast(*arguments)
+                    return fast(*arguments, **named)
             except FailOnRecompileLimitHit:
                 works = False
                 limit = torch._dynamo.config.recompile_limit
                 warnings.warn(
-                    f"more than {limit} shapes of batches were compiled: the model runs uncompiled "
-                    "from here on; pad batches to a few lengths, or set compile=off",
+                    f"more than {limit} shapes of batches, or kinds of layers, were compiled: "
+                    f"{name} runs uncompiled from here on; pad batches to a few lengths, or set "
+                    "compile=off",
                     stacklevel=2,
                 )
             except TorchDynamoException as error:
                 works = False
                 reason = " ".join(str(error).split("\n", 2)[:2])  # who raised it, and what
                 warnings.warn(
-                    f"the model cannot be compiled whole and runs uncompiled: {reason}",
+                    f"{name} cannot be compiled whole and runs uncompiled: {reason}",
                     stacklevel=2,
                 )
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return call
 
 
-class CompiledParts:
-    """Parts of a model compiled by themselves, one for all of its class, and only where asked."""
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """Return the parts that a model's class names by a method `compiled_parts()`; else none."""
+    named: Any = getattr(type(model), "compiled_parts", None)
+    return list(dict.fromkeys(named(model))) if callable(named) else []
 
-    def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
-        self._parts = parts
-        kinds: set[Any] = {type(part) for part in parts}
-        self._forwards = {kind: compiled(kind.forward, device) for kind in kinds}
+
+class CompiledParts:
+    """Parts of a model compiled by themselves, one for all of its class, and only where asked.
+
+    Errors: ValueError for a model that names none.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        if not parts_of(model):
+            raise ValueError(
+                f"compile=layers, but {type(model).__name__} has no method compiled_parts() that "
+                "names its layers; use compile=on, which compiles any model as a whole"
+            )
+        self._model, self._device = model, device
+        self._forwards: dict[type, Callable[..., Any]] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Let the parts run compiled, except one that has been given a forward of its own."""
-        replaced = [part for part in self._parts if "forward" not in vars(part)]
-        for part in replaced:
-            part.forward = MethodType(self._forwards[type(part)], part)
+        replaced: list[nn.Module] = []
         try:
+            for part in parts_of(self._model):
+                if "forward" not in vars(part):
+                    part.forward = MethodType(self._forward_of(type(part)), part)
+                    replaced.append(part)
             yield
         finally:
             for part in replaced:
                 del part.forward
+
+    def _forward_of(self, kind: Any) -> Callable[..., Any]:
+        if kind not in self._forwards:
+            self._forwards[kind] = compiled(kind.forward, self._device, kind.__name__)
+        return self._forwards[kind]
 
 
 @contextlib.contextmanager

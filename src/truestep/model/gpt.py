@@ -12,8 +12,8 @@ from truestep.model.layers import Linear, RMSNorm, SwiGLU
 INIT_STD = 0.02  # Radford et al. 2019 (GPT-2); its residual projections by 1/sqrt(2 layers) less
 
 # From here on a training forward leaves the head to `compute_loss`. On two cores with AMX a step of
-# W3's layers takes 0.93 of the time so (0.87 with 8192 ids, 0.97 with 1024, 0.99 with 65), in float32
-# and uncompiled 0.93 to 0.97; and the float32 logits of 4096 tokens are 64 MiB.
+# W3's layers takes 0.93 of the time so (0.87 with 8192 ids; with 1024, 0.97, near the noise), in
+# float32 and uncompiled 0.93 to 0.97; and the float32 logits of 4096 tokens would be 64 MiB.
 DEFERRED_VOCAB_SIZE = 4096
 
 
@@ -95,7 +95,10 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Return the modules that `compile=layers` compiles, one of each class for all."""
+        """Return the modules that `compile=layers` compiles, one of each class for all.
+
+        Those of a class differ only in the values of their parameters.
+        """
         return [*self.layers, self.norm]
 
     def forward(

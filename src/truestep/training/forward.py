@@ -1,8 +1,8 @@
-"""The forward unit of a step: cast, model and loss as one function, compiled where that pays."""
+"""The forward unit of a step: cast, model and loss, compiled as one or in parts where it pays."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,22 +14,6 @@ from truestep.config import TrainingConfig
 from truestep.loss import DeferredLogits, compute_loss, token_losses
 from truestep.training.guard import BufferGuard
 from truestep.training.probe import logits_of
-
-
-def compiled_parts(model: nn.Module) -> list[nn.Module]:
-    """Return what `compile=layers` compiles of a model, which its `compiled_parts()` names.
-
-    Errors: ValueError for a model without it.
-    """
-    try:
-        named: Any = model.compiled_parts
-    except AttributeError:
-        raise ValueError(
-            f"compile=layers, but {type(model).__name__} has no method compiled_parts that names "
-            "its layers; use compile=on, which compiles any model as a whole"
-        ) from None
-    parts: list[nn.Module] = named()
-    return parts
 
 
 def _loss(
@@ -66,22 +50,24 @@ class ForwardLoss:
         self._model, self._config = model, config
         self._precision, self._device = precision, device
         self._eager: Callable[..., Tensor] = forward_loss
-        self._call = forward_loss
+        self._call, self._parts = forward_loss, None
         if config.compile == "on":
             self._call = compiler.compiled(forward_loss, device)
         elif config.compile == "layers":
-            parts = compiler.CompiledParts(compiled_parts(model), device)
-            loss = compiler.compiled(_loss, device)
+            self._parts = compiler.CompiledParts(model, device)
+            loss = compiler.compiled(_loss, device, "the loss")
 
             def by_layers(
                 tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
             ) -> Tensor:
-                with parts.running():
-                    output = logits(tokens, inputs)
-                total: Tensor = loss(output, targets, num_tokens)
+                total: Tensor = loss(logits(tokens, inputs), targets, num_tokens)
                 return total
 
             self._call = by_layers
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of a forward and of its backward, which may run layers once more."""
+        return contextlib.nullcontext() if self._parts is None else self._parts.running()
 
     @contextlib.contextmanager
     def micro_batches(self, batch: Batch, size: int, step: int) -> Iterator[Iterator[Batch]]:

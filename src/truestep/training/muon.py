@@ -14,8 +14,9 @@ from truestep.training.optim import trainable_parameters
 # The polynomial's slope at 0 is as steep as it can be; its values near 1 wander from 0.7 to 1.2.
 _COEFFICIENTS, _ITERATIONS, _EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 
-# Numbers whose matrices are made orthogonal in one product: beyond, a product is long enough.
-_NUMBERS_AT_ONCE = 2**24
+# Numbers whose matrices are made orthogonal in one product, in 80 MiB of float32 at most for what
+# is on the way: beyond, a product is long enough.
+_NUMBERS_AT_ONCE = 2**22
 
 
 def hidden_matrices(model: nn.Module, head: nn.Module) -> list[nn.Parameter]:
@@ -92,7 +93,7 @@ def _of_one_shape(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     trained = sorted((m for m in matrices if m.grad is not None), key=lambda m: m.shape)
     for _, alike in groupby(trained, key=lambda m: m.shape):
         same = list(alike)
-        count = max(1, _NUMBERS_AT_ONCE // same[0].numel())
+        count = max(1, _NUMBERS_AT_ONCE // max(1, same[0].numel()))
         yield from (same[i : i + count] for i in range(0, len(same), count))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from truestep import runtime
 from truestep.batch import Batch, check_token_ids
-from truestep.compiler import resolve_compile
+from truestep.compiler import parts_of, resolve_compile
 from truestep.config import TrainingConfig
 from truestep.machine import accelerator_is_full
 from truestep.metrics import StepMetrics
@@ -225,7 +225,7 @@ class Trainer:
             self.config.compile,
             self.device,
             run_flops,
-            has_layers=hasattr(self.model, "compiled_parts"),
+            has_layers=bool(parts_of(self.model)),
         )
         self.config = self.config.model_copy(update={"compile": compilation})
         self._forward = ForwardLoss(self.model, self.config, self.precision, self.device)
@@ -296,8 +296,10 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, num_tokens: Tensor) -> Tensor:
         """Add this micro-batch's share of the gradient; return its share of the loss."""
-        loss = self._prepared()(batch, num_tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        forward = self._prepared()
+        with forward.running():
+            loss = forward(batch, num_tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _clip_gradients(self) -> Tensor:

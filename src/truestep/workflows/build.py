@@ -254,6 +254,6 @@ def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str,
 
 def say_what_changed(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
     """Say where the same bits are not promised any more."""
-    for name in ("torch", "machine"):
+    for name in ("truestep", "torch", "machine"):
         if saved[name] != now[name]:
             say(f"{name} was {saved[name]} and is {now[name]}: the same bits are not promised")

@@ -171,7 +171,7 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
 def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 0.0) -> Plan:
     """Return the plan of a run of as many steps as the time has room for.
 
-    Where compiling is left to auto and may pay, both ways are tried.
+    Where compiling is left to auto and may pay, it is tried beside no compiling.
     Errors: RunError where not one step fits into it.
     """
     if config.training.compile != "auto":
