@@ -281,6 +281,8 @@ def main() -> None:
     if options.variant is not None:
         print(json.dumps(trial(options)))
         return
+    if not len(options.targets) == len(options.own_steps) == len(options.own_rows):
+        parser.error("--targets, --own-steps and --own-rows are of one length: a number for each")
     if options.nanogpt is None and not _NANOGPT_STEPS.keys().isdisjoint(options.variants):
         parser.error("--nanogpt PATH is needed to try nanoGPT; or name others by --variants")
     results = earlier(options.output, "trials")
