@@ -37,33 +37,26 @@ class ForwardLoss:
         precision: Literal["float32", "bfloat16"],
         device: torch.device,
     ) -> None:
-        # A closure over these alone: nothing that varies by step is traced.
-        def logits(tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor | DeferredLogits:
-            with runtime.computing(precision, device):
-                return logits_of(model(tokens, **inputs))
+        def ending_in(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            # A closure over these alone: nothing that varies by step is traced.
+            def forward_loss(
+                tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
+            ) -> Tensor:
+                with runtime.computing(precision, device):
+                    logits = logits_of(model(tokens, **inputs))
+                return loss(logits, targets, num_tokens)
 
-        def forward_loss(
-            tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
-        ) -> Tensor:
-            return _loss(logits(tokens, inputs), targets, num_tokens)
+            return forward_loss
 
         self._model, self._config = model, config
         self._precision, self._device = precision, device
-        self._eager: Callable[..., Tensor] = forward_loss
-        self._call, self._parts = forward_loss, None
+        self._call = self._eager = ending_in(_loss)
+        self._parts: compiler.CompiledParts | None = None
         if config.compile == "on":
-            self._call = compiler.compiled(forward_loss, device)
+            self._call = compiler.compiled(self._eager, device)
         elif config.compile == "layers":
             self._parts = compiler.CompiledParts(model, device)
-            loss = compiler.compiled(_loss, device, "the loss")
-
-            def by_layers(
-                tokens: Tensor, targets: Tensor, inputs: dict[str, Tensor], num_tokens: Tensor
-            ) -> Tensor:
-                total: Tensor = loss(logits(tokens, inputs), targets, num_tokens)
-                return total
-
-            self._call = by_layers
+            self._call = ending_in(compiler.compiled(_loss, device, "the loss"))
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of a forward and of its backward, which may run layers once more."""

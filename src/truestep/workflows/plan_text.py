@@ -26,21 +26,7 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
             f"arithmetic  {_short(found.flops_per_token)}FLOP a token, "
             f"{_short(per_step)}FLOP a step; {tokens}"
         )
-    if (memory := found.memory) is not None:
-        yield (
-            f"memory      weights {format_bytes(memory.weights)}, gradients "
-            f"{format_bytes(memory.gradients)}, moments {format_bytes(memory.moments)}, "
-            f"activations {format_bytes(memory.activations)} (logits {format_bytes(memory.logits)})"
-        )
-    if plan.peak_bytes is not None:
-        what = "together"
-        if not plan.computed:
-            what = "at the peak of the whole process, with what allocators keep"
-        yield f"            {format_bytes(plan.peak_bytes)} {what}"
-    if found.largest_micro_batch is not None:
-        most = count(found.largest_micro_batch, "window")
-        fit = f"of up to {most} fit" if found.largest_micro_batch else "do not fit"
-        yield f"            micro-batches {fit}; each has {found.micro_batch_size:,}"
+    yield from _memory(plan)
     utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
     if plan.computed:
         yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
@@ -71,6 +57,26 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     if price_per_hour is not None:
         cost = (seconds + plan.last_validation) / 3600 * price_per_hour
         yield f"cost        {cost:,.2f} at {price_per_hour:g} an hour"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """Yield the lines that say what a step takes, and what fits."""
+    found = plan.estimate
+    if (memory := found.memory) is not None:
+        yield (
+            f"memory      weights {format_bytes(memory.weights)}, gradients "
+            f"{format_bytes(memory.gradients)}, moments {format_bytes(memory.moments)}, "
+            f"activations {format_bytes(memory.activations)} (logits {format_bytes(memory.logits)})"
+        )
+    if plan.peak_bytes is not None:
+        what = "together"
+        if not plan.computed:
+            what = "at the peak of the whole process, with what allocators keep"
+        yield f"            {format_bytes(plan.peak_bytes)} {what}"
+    if found.largest_micro_batch is not None:
+        most = count(found.largest_micro_batch, "window")
+        fit = f"of up to {most} fit" if found.largest_micro_batch else "do not fit"
+        yield f"            micro-batches {fit}; each has {found.micro_batch_size:,}"
 
 
 def _time(plan: Plan, seconds: float) -> str:
