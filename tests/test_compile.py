@@ -175,20 +175,42 @@ def test_a_model_that_cannot_be_compiled_whole_runs_eager_and_says_so_once(bigra
     assert sum("runs uncompiled" in str(warning.message) for warning in caught) == 1
 
 
+def test_transposed_matrices_in_one_kernel_are_those_of_torch():
+    # g++ 12 with AVX-512 made of two of them whatever lay in memory.
+    x = torch.randn(2, 512, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def transposed(x):
+        return [x[:, :end].permute(0, 2, 3, 1).contiguous() for end in (128, 256, 384)]
+
+    found = compiler.compiled(transposed, torch.device("cpu"))(x)
+    for one, other in zip(found, transposed(x), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_the_environment_says_of_the_processor_is_kept():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert compiler._exact_options(cuda) == {}
+    with torch._inductor.config.patch("cpp.march", ""):
+        assert compiler._exact_options(cpu) == {}
+    with torch._inductor.config.patch("cpp.march", "haswell"):
+        assert compiler._exact_options(cpu) in ({"cpp.march": "haswell -fno-dse"}, {})
+
+
 def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeypatch):
     asked = []
 
     def compile_(function, options):
         asked.append(options)
-        if options:
+        if "cpp.vec_isa_ok" in options:
             raise RuntimeError("unrecognized command-line option")
         return function
 
     monkeypatch.setattr(torch, "compile", compile_)
     compile_options = compiler.compile_options.__wrapped__  # not its cache
-    assert compile_options(torch.device("cpu")) == {}
-    assert asked == [{"cpp.vec_isa_ok": True}, {}]
-    monkeypatch.setattr(torch, "compile", lambda _, options: compile_(None, {"never": options}))
+    exact = compiler._exact_options(torch.device("cpu"))
+    assert compile_options(torch.device("cpu")) == exact
+    assert asked == [exact | {"cpp.vec_isa_ok": True}, exact]
+    monkeypatch.setattr(torch, "compile", lambda _, options: compile_(None, {"cpp.vec_isa_ok": 1}))
     assert compile_options(torch.device("cpu")) is None
 
 
