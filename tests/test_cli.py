@@ -78,6 +78,16 @@ def interrupted(after_step, number, *arguments):
     return process.returncode, "".join(lines)
 
 
+def test_a_vocabulary_larger_than_the_tokenizers_writes_text_and_is_planned(capsys):
+    size = ["--model.vocab_size", "5000"]  # a first sample of 20 tokens is never of bytes alone
+    assert main(["plan", "tiny.toml", "--data", "text.txt", *size]) == 0
+    assert train("--run.name", "padded", *size) == 0
+    samples = Path("runs/padded/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [6, 12]
+    assert main(["sample", "runs/padded", "--prompt", "the "]) == 0
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
 def log_of(run):
     """A run's records without what depends on the clock."""
     records = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]

@@ -201,3 +201,23 @@ def test_the_first_token_is_one_of_those_that_are_allowed():
     for wrong in ([17], [-1], []):
         with pytest.raises(ValueError, match="must be one or more ids, 0 to 16"):
             written(model, first_tokens=wrong)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_drawn():
+    model = build()
+    with torch.no_grad():
+        model.head.weight[11:] = 30 * model.head.weight[4]  # the padding is likeliest by far
+    assert max(written(model)) >= 11
+    seen = written(model, vocab_size=11, temperature=5.0, max_new_tokens=200)
+    assert set(seen) <= set(range(11))
+    with torch.no_grad():
+        logits = model.eval()(PROMPT[None])[0, -1, :11]
+    assert written(model, vocab_size=11, temperature=0.0)[0] == int(logits.argmax())
+    assert written(model, vocab_size=17) == written(model)
+    for wrong in (0, 18):
+        with pytest.raises(ValueError, match=f"vocab_size={wrong} must be 1 to the model's 17"):
+            written(model, vocab_size=wrong)
+    with pytest.raises(ValueError, match="must be one or more ids, 0 to 10"):
+        written(model, vocab_size=11, first_tokens=[11])
+    with pytest.raises(ValueError, match="outside the model's vocabulary of 11"):
+        written(model, torch.tensor([12]), vocab_size=11)

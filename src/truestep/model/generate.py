@@ -23,20 +23,25 @@ def generate(
     seed: int = 0,
     stop_token: int | None = None,
     first_tokens: Sequence[int] | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yield the ids of tokens that continue the prompt `tokens` ([T] or [1, T]).
 
     Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest; of these, `top_p` keeps
     the fewest that hold this share of the probability. `stop_token` ends the text and is not
     yielded; the first new token is one of `first_tokens`, if given. When the context is full, the
-    model reads the last half of it again and goes on.
+    model reads the last half of it again and goes on. A model may have more ids than its tokenizer:
+    those from `vocab_size` on are not drawn.
 
     The same seed gives the same text; torch's own generators are not used, and between two tokens
     every module is in the mode the caller gave it. The caller's autocast applies.
 
     Errors: TypeError or ValueError at the call; ValueError on the way if logits are not finite.
     """
-    vocab_size = model.head.out_features
+    largest = model.head.out_features
+    vocab_size = largest if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= largest:
+        raise ValueError(f"vocab_size={vocab_size} must be 1 to the model's {largest}")
     history = _check_prompt(tokens, vocab_size)
     _check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if stop_token is not None and not 0 <= stop_token < vocab_size:
@@ -49,7 +54,8 @@ def generate(
 
     def continuation() -> Iterator[int]:
         first = first_tokens
-        for logits in _next_logits(model, history, max_new_tokens):
+        for padded in _next_logits(model, history, max_new_tokens):
+            logits = padded[:vocab_size]
             if first is not None:
                 refused = torch.ones_like(logits, dtype=torch.bool)
                 refused[list(first)] = False

@@ -115,6 +115,7 @@ def write_text(
         seed=seed,
         stop_token=tokenizer.end_of_document,
         first_tokens=first_tokens,
+        vocab_size=tokenizer.vocab_size,
     )
     text = tokenizer.decode(list(written))
     return text[1:] if first_tokens else text
