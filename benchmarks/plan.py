@@ -2,8 +2,9 @@
 
     python benchmarks/plan.py --output result.json
 
-Plan and run are processes of their own, one after the other, on the standard library's source. The
-step is the median of the run's log after its first ten; peak memory is what the system says of it.
+Plan and run are processes of their own, in turns, on the standard library's source: once with a
+compile cache each that is empty, and then with what the run left in its own. The step of a run is
+the median of its log after the first ten; peak memory is what the system says of the process.
 With `--gpu`, what is computed from that GPU's data sheet stands beside them.
 What stands in the output with the same settings is not measured again.
 """
@@ -18,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from machine import argument_parser, earlier, facts, own_environment, positive, write
+from machine import (
+    argument_parser,
+    earlier,
+    environment_of_cache,
+    facts,
+    own_environment,
+    positive,
+    write,
+)
 from recipe import merged
 from workloads import WORKLOADS
 
@@ -90,28 +99,55 @@ CONFIGS: dict[str, dict[str, Any]] = {
 GPU_CONFIGS = {"configs/gpu-evening.toml": _of_file("gpu-evening.toml")}
 
 
-def predicted(config: Path, gpu: str | None = None) -> dict[str, Any]:
-    """Return what the plan says, or what it computes for a GPU that is not here."""
-    command = [sys.executable, "-W", "ignore", "-c", _PLAN, str(config)]
-    if gpu:
-        command = [sys.executable, "-W", "ignore", "-c", _COMPUTE, str(config), gpu]
+def computed(config: Path, gpu: str) -> dict[str, Any]:
+    """Return what a plan computes for a GPU that is not here."""
+    command = [sys.executable, "-W", "ignore", "-c", _COMPUTE, str(config), gpu]
     found: dict[str, Any] = json.loads(subprocess.check_output(command, env=own_environment()))
     return found
 
 
-def seen(config: Path, runs: Path) -> dict[str, Any]:
+def predicted(config: Path, cache: Path) -> dict[str, Any]:
+    """Return what the plan says."""
+    command = [sys.executable, "-W", "ignore", "-c", _PLAN, str(config)]
+    said = subprocess.check_output(command, env=environment_of_cache(cache))
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def seen(config: Path, run: Path, cache: Path) -> dict[str, Any]:
     """Return what the run shows."""
     command = [sys.executable, "-W", "ignore", "-c", _RUN, "train", str(config)]
-    command += ["--run.name", "run"]
-    peak = int(subprocess.check_output(command, env=own_environment()).splitlines()[-1])
-    lines = (runs / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    command += ["--run.name", run.name]
+    said = subprocess.check_output(command, env=environment_of_cache(cache))
+    peak = int(said.splitlines()[-1])
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [r["step_seconds"] for r in map(json.loads, lines) if "step_seconds" in r]
     return {"seconds": statistics.median(seconds[_SKIPPED:]), "bytes": peak}
+
+
+def in_turns(config: Path, runs: Path, turns: int) -> dict[str, Any]:
+    """Return the median seconds of plans and runs, and the bytes of the first of each."""
+    caches = runs / "cache-plan", runs / "cache-run"
+    for cache in caches:
+        cache.mkdir()
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for turn in range(turns):
+        before = predicted(config, caches[1 if turn else 0])
+        found.append((before, seen(config, runs / f"run-{turn}", caches[1])))
+    return {
+        name: {
+            "seconds": statistics.median(each["seconds"] for each in of),
+            "each_seconds": [each["seconds"] for each in of],
+            "bytes": of[0]["bytes"],
+        }
+        for name, of in zip(("predicted", "seen"), zip(*found, strict=True), strict=True)
+    }
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--turns", type=positive, default=3)
     parser.add_argument(
         "--configs", nargs="+", choices=[*CONFIGS, *GPU_CONFIGS], default=list(CONFIGS)
     )
@@ -122,17 +158,17 @@ def main() -> None:
         # Both compile or neither: a run of so few steps would leave it.
         length = {"num_steps": options.steps, "warmup_steps": 0, "decay_steps": "auto"}
         settings = merged((CONFIGS | GPU_CONFIGS)[name], {"training": {**length, "compile": "on"}})
-        key = {"name": name, "settings": settings, "gpu": options.gpu}
+        key = {"name": name, "settings": settings, "gpu": options.gpu, "turns": options.turns}
         if any(key.items() <= found.items() for found in results):
             continue
         with tempfile.TemporaryDirectory() as place:
             run = {"directory": place, "evaluate_every": options.steps // 2}
             config = Path(place, "config.toml")
             config.write_text(tomli_w.dumps(settings | {"run": run}), encoding="utf-8")
-            found = {**key, "commit": facts()["commit"], "predicted": predicted(config)}
+            found = {**key, "commit": facts()["commit"]}
             if options.gpu:
-                found["computed"] = predicted(config, options.gpu)
-            found["seen"] = seen(config, Path(place))
+                found["computed"] = computed(config, options.gpu)
+            found |= in_turns(config, Path(place), options.turns)
         results = [old for old in results if (old["name"], old["gpu"]) != (name, options.gpu)]
         results.append(found)
         ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]

@@ -68,7 +68,7 @@ TRANSFER_TEXT = """## Learning rates that carry over
 
 PLAN_TEXT = """## What a plan predicts, and what the run shows
 
-`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}): the median time of a step, and the peak memory of the process, as `truestep plan` says them before, and as the run has them.
+`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}): the median time of a step, and the peak memory of the process, as `truestep plan` says them before, and as the run has them. In {turns} turns, since the machine is shared and its speed changes by more than this within an hour: the median of each. Memory is that of the first, where both compile.
 
 | | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
 |---|---|---|---|---|---|---|
@@ -171,6 +171,7 @@ def transfer() -> str:
 def plan() -> str:
     """Return the table of what was predicted and seen."""
     record = load("plan")
+    turns = max(config["turns"] for config in record["configs"])
     rows = ""
     for config in record["configs"]:
         predicted, seen = config["predicted"], config["seen"]
@@ -184,7 +185,7 @@ def plan() -> str:
             name += f" ({1e3 * there['seconds']:,.0f} ms, {2**-20 * there['bytes']:,.0f} MiB by "
             name += f"the data sheet of {config['gpu']})"
         rows += f"| {name} | {' | '.join(cells)} |\n"
-    return f"\n{PLAN_TEXT.format(machine=record['machine'])}{rows}"
+    return f"\n{PLAN_TEXT.format(machine=record['machine'], turns=turns)}{rows}"
 
 
 def time_to_loss() -> str:

@@ -278,6 +278,25 @@ def test_a_validation_on_the_way_is_timed_however_short_the_run(monkeypatch):
     assert None not in asked  # all windows
 
 
+def test_the_peak_of_a_plan_holds_a_step_beside_a_save(monkeypatch):
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    done = []
+    for of, name in (
+        (workflow.Session, "_save"),
+        (Trainer, "training_step"),
+        (workflow, "peak_bytes"),
+    ):
+        call = getattr(of, name)
+
+        def noted(*arguments, call=call, name=name):
+            done.append(name)
+            return call(*arguments)
+
+        monkeypatch.setattr(of, name, noted)
+    assert main(["plan", "tiny.toml", "-d", "text.txt"]) == 0
+    assert done[-3:] == ["_save", "training_step", "peak_bytes"]
+
+
 def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):
     config = TrainingConfig(precision="float32", compile="off")
     expected = Trainer(model(), config, sinks=[]).training_step(batch_at(0))

@@ -232,7 +232,10 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
 
 
 def _seconds_of_validation(training: Training) -> float:
-    """Return how long one on the way takes, with its sample and the save that follows it."""
+    """Return how long one on the way takes, with its sample and the save that follows it.
+
+    Then a step is trained beside that save, as in the run: the peak of memory holds both.
+    """
     longer = training.config.training.model_copy(update={"num_steps": training.trainer.step + 1})
     on_the_way = replace(training, config=training.config.model_copy(update={"training": longer}))
     runs = training.config.run.directory
@@ -241,9 +244,14 @@ def _seconds_of_validation(training: Training) -> float:
         unfinished(Path(place)),
         Session(Path(place), on_the_way, _Silent()) as session,
     ):
+        trainer = training.trainer
         began = time.perf_counter()
-        session.validate(training.trainer)
-        return time.perf_counter() - began
+        session.validate(trainer)
+        seconds = time.perf_counter() - began
+        batch = training.loader.batch_at(trainer.step)
+        # Gradients are there from the second micro-batch on.
+        trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
+        return seconds
 
 
 def write_config(path: Path, config: RunConfig) -> None:
