@@ -66,6 +66,10 @@ TRANSFER_TEXT = """## Learning rates that carry over
 `python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with both learning rates multiplied alike. Bits per byte:
 """
 
+TRANSFER_FOUND = """
+The best of the smallest model is x {smallest:g}, that of the largest x {largest:g}: whoever takes the first for the second loses {loss:.3f}.
+"""
+
 PLAN_TEXT = """## What a plan predicts, and what the run shows
 
 `python benchmarks/plan.py --output docs/figures/plan.json` ({machine}): the median time of a step, and the peak memory of the process, as `truestep plan` says them before, and as the run has them. In {turns} turns, since the machine is shared and its speed changes by more than this within an hour: the median of each. Memory is that of the first, where both compile.
@@ -160,12 +164,14 @@ def transfer() -> str:
     text = f"\n{TRANSFER_TEXT.format(steps=trials[0]['steps'])}\n"
     text += f"| width | {' | '.join(f'x {factor:g}' for factor in factors)} |\n"
     text += f"|---|{'---|' * len(factors)}\n"
+    best, bits = [], {}
     for width in sorted({t["width"] for t in trials}):
         bits = {t["factor"]: t["bits_per_byte"] for t in trials if t["width"] == width}
-        least = min(bits.values())
-        cells = (f"**{b:.3f}**" if b == least else f"{b:.3f}" for _, b in sorted(bits.items()))
+        best.append(min(bits, key=bits.__getitem__))
+        cells = (f"**{bits[f]:.3f}**" if f == best[-1] else f"{bits[f]:.3f}" for f in factors)
         text += f"| {width} | {' | '.join(cells)} |\n"
-    return text
+    loss = bits[best[0]] - bits[best[-1]]  # of the last width, the largest
+    return text + TRANSFER_FOUND.format(smallest=best[0], largest=best[-1], loss=loss)
 
 
 def plan() -> str:
