@@ -9,7 +9,9 @@ With `--gpu`, what is computed from that GPU's data sheet stands beside them.
 What stands in the output with the same settings is not measured again.
 """
 
+import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -162,9 +164,13 @@ def main() -> None:
         if any(key.items() <= found.items() for found in results):
             continue
         with tempfile.TemporaryDirectory() as place:
-            run = {"directory": place, "evaluate_every": options.steps // 2}
             config = Path(place, "config.toml")
-            config.write_text(tomli_w.dumps(settings | {"run": run}), encoding="utf-8")
+            # A short text to validate on: what a run does after its last step is not measured.
+            here = {
+                "run": {"directory": place, "evaluate_every": options.steps // 2},
+                "data": {"validation": shutil.copy(argparse.__file__, f"{place}/held-out.txt")},
+            }
+            config.write_text(tomli_w.dumps(merged(settings, here)), encoding="utf-8")
             found = {**key, "commit": facts()["commit"]}
             if options.gpu:
                 found["computed"] = computed(config, options.gpu)
