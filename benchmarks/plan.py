@@ -2,21 +2,27 @@
 
     python benchmarks/plan.py --output result.json
 
-Plan and run are processes of their own, in turns, on the standard library's source: once with a
-compile cache each that is empty, and then with what the run left in its own. The step of a run is
-the median of its log after the first ten; peak memory is what the system says of the process.
-With `--gpu`, what is computed from that GPU's data sheet stands beside them.
+On the standard library's source. Memory is what the system says of a process, a plan's and then a
+run's, each with a compile cache that is empty. For the time, a plan and a run stand side by side,
+compiled whole, and in turns one works while the other is stopped: the plan measures its steps as
+often as there are turns, each time between two stretches of the run, whose steps are those of its
+log. With `--gpu`, what is computed from that GPU's data sheet stands beside them.
 What stands in the output with the same settings is not measured again.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +41,20 @@ from workloads import WORKLOADS
 
 from truestep.gpus import GPUS
 
-_SKIPPED = 10
+_BOTH = ("predicted", "seen")
+_STEPS = 24  # of the run whose memory is looked at
+_SKIPPED = 10  # of the other, before the first stretch
+_STRETCH_SECONDS = 6.0  # of the run, before and after each measurement of the plan, which takes 5
 _PLAN = """
 import json, sys
 from pathlib import Path
 from truestep.config import resolve
-from truestep.workflows.plan import plan
-found = plan(resolve({}, {}, Path(sys.argv[1])), lambda _: None)
-print(json.dumps({"seconds": found.estimate.step, "bytes": found.peak_bytes}))
-"""
-_COMPUTE = """
-import json, sys
-from pathlib import Path
-from truestep.config import resolve
 from truestep.gpus import find_gpu
-from truestep.workflows.plan import plan_on
-found = plan_on(resolve({}, {}, Path(sys.argv[1])), find_gpu(sys.argv[2]), lambda _: None)
+from truestep.workflows.plan import plan, plan_on
+config, *gpu = sys.argv[1:]
+settings = resolve({}, {}, Path(config))
+say = lambda _: None
+found = plan_on(settings, find_gpu(*gpu), say) if gpu else plan(settings, say)
 print(json.dumps({"seconds": found.estimate.step, "bytes": found.peak_bytes}))
 """
 _RUN = """
@@ -62,6 +66,22 @@ if main(sys.argv[1:]) != 0:
     raise SystemExit("the run failed")
 print(peak_bytes(resolve_device("auto")))
 """
+# The same plan, whose measurement is made once more for every line that it is given.
+_PLAN_IN_TURNS = (
+    """
+import sys
+from truestep.training import estimate
+measured = estimate._measured
+def in_turns(*arguments):
+    found = measured(*arguments)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(measured(*arguments)[1], flush=True)
+    return found
+estimate._measured = in_turns
+"""
+    + _PLAN
+)
 
 
 def _of_workload(name: str) -> dict[str, Any]:
@@ -101,55 +121,98 @@ CONFIGS: dict[str, dict[str, Any]] = {
 GPU_CONFIGS = {"configs/gpu-evening.toml": _of_file("gpu-evening.toml")}
 
 
-def computed(config: Path, gpu: str) -> dict[str, Any]:
-    """Return what a plan computes for a GPU that is not here."""
-    command = [sys.executable, "-W", "ignore", "-c", _COMPUTE, str(config), gpu]
-    found: dict[str, Any] = json.loads(subprocess.check_output(command, env=own_environment()))
-    return found
-
-
-def predicted(config: Path, cache: Path) -> dict[str, Any]:
-    """Return what the plan says."""
-    command = [sys.executable, "-W", "ignore", "-c", _PLAN, str(config)]
-    said = subprocess.check_output(command, env=environment_of_cache(cache))
+def predicted(config: Path, environment: dict[str, str], *gpu: str) -> dict[str, Any]:
+    """Return what the plan says of this machine, or of a GPU that is not here."""
+    said = subprocess.check_output(_command(_PLAN, str(config), *gpu), env=environment)
     found: dict[str, Any] = json.loads(said)
     return found
 
 
-def seen(config: Path, run: Path, cache: Path) -> dict[str, Any]:
-    """Return what the run shows."""
-    command = [sys.executable, "-W", "ignore", "-c", _RUN, "train", str(config)]
-    command += ["--run.name", run.name]
-    said = subprocess.check_output(command, env=environment_of_cache(cache))
-    peak = int(said.splitlines()[-1])
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [r["step_seconds"] for r in map(json.loads, lines) if "step_seconds" in r]
-    return {"seconds": statistics.median(seconds[_SKIPPED:]), "bytes": peak}
+def peaks(config: Path, place: Path) -> tuple[int, int]:
+    """Return the bytes that a plan says and those of a run; what that compiled is left in `place`.
+
+    The run validates and saves halfway.
+    """
+    cache = place / "cache-plan"
+    cache.mkdir()
+    said = predicted(config, environment_of_cache(cache))["bytes"]
+    command = _command(_RUN, "train", str(config), "--run.name", "short")
+    return said, int(subprocess.check_output(command, env=_environment(place)).splitlines()[-1])
 
 
-def in_turns(config: Path, runs: Path, turns: int) -> dict[str, Any]:
-    """Return the median seconds of plans and runs, and the bytes of the first of each."""
-    caches = runs / "cache-plan", runs / "cache-run"
-    for cache in caches:
-        cache.mkdir()
-    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for turn in range(turns):
-        before = predicted(config, caches[1 if turn else 0])
-        found.append((before, seen(config, runs / f"run-{turn}", caches[1])))
-    return {
-        name: {
-            "seconds": statistics.median(each["seconds"] for each in of),
-            "each_seconds": [each["seconds"] for each in of],
-            "bytes": of[0]["bytes"],
-        }
-        for name, of in zip(("predicted", "seen"), zip(*found, strict=True), strict=True)
-    }
+def side_by_side(config: Path, place: Path, turns: int) -> list[tuple[float, float]]:
+    """Return the seconds of a step as the plan says them and as the run has them, of each turn."""
+    endless = ["--training.num-steps", "1000000", "--run.name", "long"]
+    endless += ["--run.evaluate-every", "1000000", "--run.save-every", "1000000"]
+    endless += ["--run.log-every", "1000000"]  # nobody reads what it says
+    log = place / "long" / "metrics.jsonl"
+    found = []
+    with _started(_command(_PLAN_IN_TURNS, str(config)), place) as plan:
+        assert plan.stdout.readline() == "ready\n"
+        with _started(_command(_RUN, "train", str(config), *endless), place) as run:
+            while len(_step_seconds(log)) < _SKIPPED:
+                time.sleep(0.5)
+                assert run.poll() is None
+            os.killpg(run.pid, signal.SIGSTOP)
+            before = _stretch(run.pid, log)
+            for _ in range(turns):
+                plan.stdin.write("\n")
+                plan.stdin.flush()
+                said = float(plan.stdout.readline())
+                after = _stretch(run.pid, log)
+                found.append((said, statistics.median(before + after)))
+                before = after
+    return found
+
+
+@contextlib.contextmanager
+def _started(command: list[str], place: Path) -> Iterator[Any]:
+    """Start a process, and end it with all that it has started."""
+    with subprocess.Popen(
+        command,
+        env=_environment(place),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _stretch(group: int, log: Path) -> list[float]:
+    """Let the run go on for a while, and return the seconds of its whole steps in that."""
+    before = len(_step_seconds(log))
+    os.killpg(group, signal.SIGCONT)
+    time.sleep(_STRETCH_SECONDS)
+    os.killpg(group, signal.SIGSTOP)
+    return _step_seconds(log)[before + 1 :]  # the first has stood still since the last stretch
+
+
+def _step_seconds(log: Path) -> list[float]:
+    if not log.exists():
+        return []
+    lines = log.read_text(encoding="utf-8").splitlines()
+    return [r["step_seconds"] for r in map(json.loads, lines) if "step_seconds" in r]
+
+
+def _command(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-c", program, *arguments]
+
+
+def _environment(place: Path) -> dict[str, str]:
+    """Return that of the run, and of the plan that finds what it compiled."""
+    cache = place / "cache-run"
+    cache.mkdir(exist_ok=True)
+    return environment_of_cache(cache)
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--steps", type=positive, default=60)
-    parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--turns", type=positive, default=9)
     parser.add_argument(
         "--configs", nargs="+", choices=[*CONFIGS, *GPU_CONFIGS], default=list(CONFIGS)
     )
@@ -157,8 +220,8 @@ def main() -> None:
     options = parser.parse_args()
     results = earlier(options.output, "configs")
     for name in options.configs:
-        # Both compile or neither: a run of so few steps would leave it.
-        length = {"num_steps": options.steps, "warmup_steps": 0, "decay_steps": "auto"}
+        # Both compile or neither: so short a run would leave it.
+        length = {"num_steps": _STEPS, "warmup_steps": 0, "decay_steps": "auto"}
         settings = merged((CONFIGS | GPU_CONFIGS)[name], {"training": {**length, "compile": "on"}})
         key = {"name": name, "settings": settings, "gpu": options.gpu, "turns": options.turns}
         if any(key.items() <= found.items() for found in results):
@@ -167,22 +230,24 @@ def main() -> None:
             config = Path(place, "config.toml")
             # A short text to validate on: what a run does after its last step is not measured.
             here = {
-                "run": {"directory": place, "evaluate_every": options.steps // 2},
-                "data": {"validation": shutil.copy(argparse.__file__, f"{place}/held-out.txt")},
+                "run": {"directory": place, "evaluate_every": _STEPS // 2},
+                "data": {"validation": shutil.copy(argparse.__file__, f"{place}/validation.txt")},
             }
             config.write_text(tomli_w.dumps(merged(settings, here)), encoding="utf-8")
             found = {**key, "commit": facts()["commit"]}
             if options.gpu:
-                found["computed"] = computed(config, options.gpu)
-            found |= in_turns(config, Path(place), options.turns)
+                found["computed"] = predicted(config, own_environment(), options.gpu)
+            found["bytes"] = dict(zip(_BOTH, peaks(config, Path(place)), strict=True))
+            turns = side_by_side(config, Path(place), options.turns)
+            found["seconds"] = dict(zip(_BOTH, zip(*turns, strict=True), strict=True))
         results = [old for old in results if (old["name"], old["gpu"]) != (name, options.gpu)]
         results.append(found)
-        ratios = [found["predicted"][key] / found["seen"][key] for key in ("seconds", "bytes")]
+        ratios = [said / seen for said, seen in turns]
         print(
-            f"{name:34}{found['predicted']['seconds'] * 1e3:9.1f}"
-            f"{found['seen']['seconds'] * 1e3:9.1f} ms {ratios[0]:6.2f}"
-            f"{found['predicted']['bytes'] / 2**20:9,.0f}{found['seen']['bytes'] / 2**20:9,.0f} MiB"
-            f" {ratios[1]:6.2f}",
+            f"{name:34} {1e3 * statistics.median(found['seconds']['predicted']):8,.1f} ms a step, "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of the "
+            f"run's; {found['bytes']['predicted'] / 2**20:,.0f} MiB, "
+            f"{found['bytes']['predicted'] / found['bytes']['seen']:.2f}",
             flush=True,
         )
         write(options.output, {"configs": results})

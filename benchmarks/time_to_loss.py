@@ -291,6 +291,8 @@ def main() -> None:
             continue
         commit = facts()["commit"]
         for row in in_a_process(options, key):
+            place = {name: row[name] for name in ("variant", "seed", "target")}
+            results = [result for result in results if not place.items() <= result.items()]
             results.append({**row, "commit": commit})
             print(
                 f"{row['variant']:26} seed {row['seed']} to {row['target']}: "

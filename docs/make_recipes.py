@@ -12,7 +12,7 @@ Bits = dict[tuple[str, str], dict[int, float]]
 
 HEAD = """# Recipes
 
-How the settings of [configs/quickstart.toml](../configs/quickstart.toml), which `make train` uses, were found, and what they cost. The larger recipes of [configs/](../configs) carry its rates over; they are planned, each with its figures in its first lines, and not yet trained to their end. The library's own defaults are AdamW with 3e-4, 0.1 and (0.9, 0.95).
+How the settings of [configs/quickstart.toml](../configs/quickstart.toml), which `make train` uses, were found, and what they cost. The larger recipes of [configs/](../configs) carry its rates over, those of embeddings halved where the head has its own; they are planned, each with its figures in its first lines, and not yet trained to their end. The library's own defaults are AdamW with 3e-4, 0.1 and (0.9, 0.95).
 """
 
 SEARCH_TEXT = """## The search
@@ -63,16 +63,16 @@ What the start with Muon loses in bits per byte without one of its ingredients, 
 
 TRANSFER_TEXT = """## Learning rates that carry over
 
-`python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with both learning rates multiplied alike. Bits per byte:
+`python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with both learning rates multiplied alike ({machine}). Bits per byte of seeds {seeds}; in bold the least mean:
 """
 
 TRANSFER_FOUND = """
-The best of the smallest model is x {smallest:g}, that of the largest x {largest:g}: whoever takes the first for the second loses {loss:.3f}.
+The best of the smallest model is x {smallest:g}, that of the largest x {largest:g}: whoever takes the first for the second loses {loss:.3f}. The rates next to the best are often as good within what a seed changes.
 """
 
 PLAN_TEXT = """## What a plan predicts, and what the run shows
 
-`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}): the median time of a step, and the peak memory of the process, as `truestep plan` says them before, and as the run has them. In {turns} turns, since the machine is shared and its speed changes by more than this within an hour: the median of each. Memory is that of the first, where both compile.
+`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of {turns} turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians, and the ratio of each turn, least to most: this machine is shared. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves on the way, each with an empty compile cache.
 
 | | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
 |---|---|---|---|---|---|---|
@@ -80,7 +80,7 @@ PLAN_TEXT = """## What a plan predicts, and what the run shows
 
 LOSS_TEXT = """## Time to a loss
 
-`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH`: seconds from when everything is imported, building the model and compilation included, with an empty cache or, where it is said to be warm, with what one step left, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context; 12 rows, ours 6. nanoGPT's model and optimizer are its own, in float32 as on any CPU; schedule and step are as its train.py has them, without dropout. Ours is in bfloat16 where the processor multiplies it, as this Xeon does and this EPYC does not. Trials were made one after another with nothing beside them. On the Xeon, what stands under 1.73 was all measured after Muon's step had become faster, within an hour, nanoGPT and ours uncompiled in turns; what stands under 1.5 all before. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules that reached it, or the longer where neither did.
+`python benchmarks/time_to_loss.py --data tinyshakespeare.txt --nanogpt PATH`: seconds from when everything is imported, building the model and compilation included, with an empty cache or, where it is said to be warm, with what one step left, until the loss of tiny Shakespeare's last tenth, all of it, is at most the target; the clock stands while that is measured. W3's layers, 256 characters of context; 12 rows, ours 6. nanoGPT's model and optimizer are its own, in float32 as on any CPU; schedule and step are as its train.py has them, without dropout. Ours is in bfloat16 where the processor multiplies it, as this Xeon does and this EPYC does not. Trials were made one after another with nothing beside them. On the Xeon nanoGPT had its longer schedule alone. ">": not reached, a lower bound. Median of the seeds, least to most; the factor is over the faster of nanoGPT's two schedules that reached it, or the longer where neither did.
 """
 LOSS_TABLE = """
 | {machine} | to | seeds | seconds | steps | factor |
@@ -159,32 +159,43 @@ def other_texts(record: Any) -> str:
 
 def transfer() -> str:
     """Return the table of losses by width and factor."""
-    trials = load("transfer")["trials"]
+    record = load("transfer")
+    trials = sorted(record["trials"], key=lambda t: t["seed"])
     factors = sorted({t["factor"] for t in trials})
-    text = f"\n{TRANSFER_TEXT.format(steps=trials[0]['steps'])}\n"
-    text += f"| width | {' | '.join(f'x {factor:g}' for factor in factors)} |\n"
+    text = TRANSFER_TEXT.format(
+        steps=trials[0]["settings"]["training"]["num_steps"],
+        machine=record["machine"],
+        seeds=", ".join(str(seed) for seed in sorted({t["seed"] for t in trials})),
+    )
+    text = f"\n{text}\n| width | {' | '.join(f'x {factor:g}' for factor in factors)} |\n"
     text += f"|---|{'---|' * len(factors)}\n"
-    best, bits = [], {}
+    best, means = [], {}
     for width in sorted({t["width"] for t in trials}):
-        bits = {t["factor"]: t["bits_per_byte"] for t in trials if t["width"] == width}
-        best.append(min(bits, key=bits.__getitem__))
-        cells = (f"**{bits[f]:.3f}**" if f == best[-1] else f"{bits[f]:.3f}" for f in factors)
-        text += f"| {width} | {' | '.join(cells)} |\n"
-    loss = bits[best[0]] - bits[best[-1]]  # of the last width, the largest
+        here: dict[float, list[float]] = {factor: [] for factor in factors}
+        for trial in (t for t in trials if t["width"] == width):
+            here[trial["factor"]].append(trial["bits_per_byte"])
+        means = {factor: statistics.mean(bits) for factor, bits in here.items()}
+        best.append(min(means, key=means.__getitem__))
+        cells = {factor: ", ".join(f"{b:.3f}" for b in bits) for factor, bits in here.items()}
+        cells[best[-1]] = f"**{cells[best[-1]]}**"
+        text += f"| {width} | {' | '.join(cells.values())} |\n"
+    loss = means[best[0]] - means[best[-1]]  # of the last width, the largest
     return text + TRANSFER_FOUND.format(smallest=best[0], largest=best[-1], loss=loss)
 
 
 def plan() -> str:
     """Return the table of what was predicted and seen."""
     record = load("plan")
-    turns = max(config["turns"] for config in record["configs"])
+    turns = " or ".join(sorted({str(config["turns"]) for config in record["configs"]}))
     rows = ""
     for config in record["configs"]:
-        predicted, seen = config["predicted"], config["seen"]
-        cells = []
-        for key, scale in (("seconds", 1e3), ("bytes", 2**-20)):
-            before, after = predicted[key] * scale, seen[key] * scale
-            cells += [f"{before:,.0f}", f"{after:,.0f}", f"{before / after:.2f}"]
+        seconds, held = config["seconds"], config["bytes"]
+        before, after = (1e3 * statistics.median(seconds[of]) for of in ("predicted", "seen"))
+        each = [said / seen for said, seen in zip(*seconds.values(), strict=True)]
+        ratio = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+        cells = [f"{before:,.0f}", f"{after:,.0f}", ratio]
+        before, after = (held[of] / 2**20 for of in ("predicted", "seen"))
+        cells += [f"{before:,.0f}", f"{after:,.0f}", f"{before / after:.2f}"]
         name = config["name"]
         if config["gpu"]:
             there = config["computed"]

@@ -1,5 +1,6 @@
 """The compiled step: it agrees with the eager one, keeps its bits, and falls back by itself."""
 
+import platform
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from truestep import (
     GPT,
     IGNORE_INDEX,
     Batch,
+    GPTConfig,
     Trainer,
     TrainingConfig,
     compiler,
@@ -187,13 +189,31 @@ def test_transposed_matrices_in_one_kernel_are_those_of_torch():
         assert torch.equal(one, other)
 
 
-def test_what_the_environment_says_of_the_processor_is_kept():
+def test_a_compiled_step_over_long_windows_in_bfloat16_is_the_eager_one():
+    shape = GPTConfig(vocab_size=64, context_length=512, num_layers=1, num_heads=2, width=64)
+    tokens = torch.randint(64, (2, 513), generator=torch.Generator().manual_seed(0))
+    steps = []
+    for setting in ("on", "off"):
+        torch.manual_seed(0)
+        config = TrainingConfig(compile=setting, precision="bfloat16")
+        steps.append(Trainer(GPT(shape), config, sinks=[]).training_step(Batch.of(tokens)))
+    one, other = steps
+    assert one.loss == pytest.approx(other.loss, abs=1e-4)
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "march"), [(None, "native"), ("", "x86-64"), ("haswell", "haswell")]
+)
+def test_what_the_environment_says_of_the_processor_is_kept(monkeypatch, asked, march):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert compiler._exact_options(cuda) == {}
-    with torch._inductor.config.patch("cpp.march", ""):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with torch._inductor.config.patch({"cpp.march": asked}):
+        assert compiler._exact_options(cpu) == {"cpp.march": f"{march} -fno-dse"}
+        assert compiler._exact_options(cuda) == {}
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
         assert compiler._exact_options(cpu) == {}
-    with torch._inductor.config.patch("cpp.march", "haswell"):
-        assert compiler._exact_options(cpu) in ({"cpp.march": "haswell -fno-dse"}, {})
 
 
 def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeypatch):
@@ -210,6 +230,13 @@ def test_a_compiler_that_does_not_know_the_vectors_is_asked_without_them(monkeyp
     exact = compiler._exact_options(torch.device("cpu"))
     assert compile_options(torch.device("cpu")) == exact
     assert asked == [exact | {"cpp.vec_isa_ok": True}, exact]
+
+    def refuse(function, options):
+        if options:
+            raise RuntimeError("unknown argument: '-fno-dse'")
+
+    monkeypatch.setattr(torch, "compile", lambda f, options: refuse(f, options) or f)
+    assert compile_options(torch.device("cpu")) == {}
     monkeypatch.setattr(torch, "compile", lambda _, options: compile_(None, {"cpp.vec_isa_ok": 1}))
     assert compile_options(torch.device("cpu")) is None
 

@@ -219,5 +219,4 @@ def test_ids_that_the_tokenizer_does_not_have_are_not_drawn():
             written(model, vocab_size=wrong)
     with pytest.raises(ValueError, match="must be one or more ids, 0 to 10"):
         written(model, vocab_size=11, first_tokens=[11])
-    with pytest.raises(ValueError, match="outside the model's vocabulary of 11"):
-        written(model, torch.tensor([12]), vocab_size=11)
+    assert max(written(model, torch.tensor([12]), vocab_size=11)) < 11  # a prompt may have them

@@ -1,7 +1,10 @@
 """What a run will cost: the figures against what they are made of, and the command."""
 
 import math
+import mmap
 import re
+import sys
+import threading
 import tomllib
 from dataclasses import replace
 from fractions import Fraction
@@ -16,10 +19,11 @@ from test_cli import TINY
 import truestep.loss as loss_module
 from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compiler
 from truestep.batch import Batch
+from truestep.checkpoint.writer import CheckpointWriter
 from truestep.cli import main
 from truestep.config import RunConfig
 from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
-from truestep.machine import _left_by_groups, accelerator_is_full
+from truestep.machine import _left_by_groups, accelerator_is_full, forget_peak, peak_bytes
 from truestep.settings import validate
 from truestep.training.compose import resolve_settings
 from truestep.training.estimate import Estimate, _measured, computed_estimate, estimate
@@ -184,8 +188,19 @@ def test_the_lines_say_time_speed_and_cost():
     lines = "\n".join(lines_of(planned(), price_per_hour=36.0))
     assert "8:50 for 1,000 steps" in lines  # 3 + 10 + 499.5 + 18
     assert "500 ms a step, 2,000 tokens/s, MFU 12% of 100 GFLOP/s" in lines
-    assert "2.0 s each of 9 validations on the way; then 0:20 for all held-out text" in lines
+    assert "2.0 s each of 9 validations on the way; then 0:20 for all of its text" in lines
     assert "5.50 at 36 an hour" in lines  # all of it
+    unknown = replace(planned(), estimate=replace(planned().estimate, flops_per_token=None))
+    assert "500 ms a step, 2,000 tokens/s\n" in "\n".join(lines_of(unknown))
+
+
+def test_what_was_held_before_is_no_part_of_a_later_peak():
+    cpu = torch.device("cpu")
+    with mmap.mmap(-1, 2**28) as held:
+        held.write(b"1" * 2**28)
+        before = peak_bytes(cpu)
+    forget_peak(cpu)
+    assert peak_bytes(cpu) < before - 2**27 or sys.platform != "linux"
 
 
 def test_the_command_plans_and_leaves_nothing_but_the_prepared_text(capsys, monkeypatch):
@@ -268,33 +283,67 @@ def test_a_run_that_exists_can_be_planned_again(monkeypatch, capsys):
 def test_a_validation_on_the_way_is_timed_however_short_the_run(monkeypatch):
     monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
     asked = []
-    evaluate = workflow.Session._evaluate
+    evaluate = workflow.Session.evaluate
     monkeypatch.setattr(
         workflow.Session,
-        "_evaluate",
+        "evaluate",
         lambda self, windows: asked.append(windows) or evaluate(self, windows),
     )
     assert main(["plan", "tiny.toml", "-d", "text.txt", "--training.num-steps", "2"]) == 0
     assert None not in asked  # all windows
 
 
-def test_the_peak_of_a_plan_holds_a_step_beside_a_save(monkeypatch):
+@pytest.mark.parametrize("keep_best", ["0", "2"])
+def test_the_peak_of_a_plan_holds_a_step_beside_a_save(monkeypatch, keep_best):
     monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
-    done = []
-    for of, name in (
-        (workflow.Session, "_save"),
-        (Trainer, "training_step"),
-        (workflow, "peak_bytes"),
-    ):
-        call = getattr(of, name)
+    trained, done, rows = threading.Event(), [], []
+    step, save, commit = Trainer.training_step, CheckpointWriter.save, CheckpointWriter._commit
 
-        def noted(*arguments, call=call, name=name):
-            done.append(name)
-            return call(*arguments)
+    def training_step(self, batch):
+        rows.append(len(batch.tokens))
+        metrics = step(self, batch)
+        done.append("step")
+        trained.set()
+        return metrics
 
-        monkeypatch.setattr(of, name, noted)
-    assert main(["plan", "tiny.toml", "-d", "text.txt"]) == 0
-    assert done[-3:] == ["_save", "training_step", "peak_bytes"]
+    def save_(self, *arguments, **options):
+        trained.clear()
+        save(self, *arguments, **options)
+
+    def commit_(self, snapshot):  # in a thread of its own, which ends with the step
+        assert trained.wait(20)
+        done.append("save")
+        return commit(self, snapshot)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(CheckpointWriter, "save", save_)
+    monkeypatch.setattr(CheckpointWriter, "_commit", commit_)
+    monkeypatch.setattr(workflow, "peak_bytes", lambda _: done.append("peak"))
+    few = ["--training.micro-batch-size", "1", "--run.keep-best-checkpoints", keep_best]
+    assert main(["plan", "tiny.toml", "-d", "text.txt", *few]) == 0
+    assert done[-3:] == ["step", "save", "peak"]
+    assert rows[-1] == 2
+
+
+@pytest.mark.parametrize(("keep_best", "again"), [(2, 2.0), (0, 0.0)])
+def test_of_the_last_validation_the_text_alone_is_longer(monkeypatch, keep_best, again):
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    now = [0.0]
+    monkeypatch.setattr(workflow, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(seconds):
+        return lambda *_: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(workflow.Session, "evaluate", takes(2.0))
+    monkeypatch.setattr(workflow.Session, "validate", takes(9.0))  # 7 of them for sample and save
+    settings = tomllib.loads(TINY)
+    settings["run"] |= {"evaluation_windows": 2, "keep_best_checkpoints": keep_best}
+    settings["data"]["source"] = "text.txt"
+    config = validate(RunConfig, {"tiny.toml": settings})
+    found = workflow.plan(config, lambda _: None)
+    windows = 880 / config.model.context_length  # a tenth of the text
+    assert found.validation == 9.0
+    assert found.last_validation == pytest.approx(7 + 2 * windows / 2 + again, rel=0.01)
 
 
 def test_a_batch_that_does_not_fit_is_split_before_its_first_step(monkeypatch):

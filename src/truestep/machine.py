@@ -95,16 +95,19 @@ def accelerator_is_full(error: BaseException) -> bool:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let `peak_bytes` begin anew on an accelerator; a CPU knows it of the whole process alone."""
+    """Let `peak_bytes` begin anew, from what is held now; on a CPU Linux alone can."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the high water mark, VmHWM
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """Return the most memory this process has had on a device; None where nobody says.
 
-    On a CPU that is resident memory, of the whole process.
+    On a CPU that is resident memory, of the whole process, since `forget_peak`.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))

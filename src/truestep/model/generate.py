@@ -42,7 +42,7 @@ def generate(
     vocab_size = largest if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= largest:
         raise ValueError(f"vocab_size={vocab_size} must be 1 to the model's {largest}")
-    history = _check_prompt(tokens, vocab_size)
+    history = _check_prompt(tokens, largest)
     _check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if stop_token is not None and not 0 <= stop_token < vocab_size:
         raise ValueError(f"stop_token={stop_token} must be an id from 0 to {vocab_size - 1}")

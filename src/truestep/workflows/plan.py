@@ -31,8 +31,8 @@ class Plan:
     """A run before it is run, times in seconds; `config` has what was found instead of auto.
 
     `start` is from the command to the first step, of text that is prepared; `validation` that of
-    each on the way, `last_validation` of all held-out text after the last update. What was
-    `computed` knows none of them. `train_tokens` is all the text there is.
+    each on the way, `last_validation` of that after the last update, over all of the text. What
+    was `computed` knows none of them. `train_tokens` is all the text there is.
     """
 
     config: RunConfig
@@ -92,7 +92,7 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
     compiled = COMPILED[trainer.config.compile]
-    say(f"measuring a few steps, {compiled}; this takes up to two minutes")
+    say(f"measuring a few steps, {compiled}; this takes a minute or more")
     found = estimate(trainer, training.loader.batch_at)
     if trainer.skipped_in_a_row:
         raise RunError(
@@ -104,9 +104,7 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
         update={"micro_batch_size": found.micro_batch_size}
     )
     planned = training.config.model_copy(update={"training": resolved})
-    validation = _seconds_of_validation(replace(training, config=planned))
-    on_the_way = config.run.evaluation_windows * config.model.context_length
-    last = validation * max(1.0, len(training.data.validation) / on_the_way)
+    validation, last = _seconds_of_validations(replace(training, config=planned))
     machine, peak = device_name(trainer.device), peak_bytes(trainer.device)
     tokens = len(training.data.train)
     return Plan(planned, found, start, validation, last, peak, machine, tokens)
@@ -192,9 +190,9 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     other = filled(replace(other, start=result.start + probed_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
         return result
-    # A CPU's highest peak stays: where it is the first plan's, the second's is unknown.
-    known = other.peak_bytes if other.peak_bytes != result.peak_bytes else None
-    return replace(other, peak_bytes=known)
+    # What a CPU's first plan has freed is kept: where the second takes no more, its own is unknown.
+    known = (other.peak_bytes or 0) > (result.peak_bytes or 0)
+    return other if known else replace(other, peak_bytes=None)
 
 
 def _compiling(config: RunConfig, setting: compiler.Compilation) -> RunConfig:
@@ -231,27 +229,34 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
     return TrainingConfig.model_validate(plain.model_dump() | changes)
 
 
-def _seconds_of_validation(training: Training) -> float:
-    """Return how long one on the way takes, with its sample and the save that follows it.
+def _seconds_of_validations(training: Training) -> tuple[float, float]:
+    """Return how long one on the way takes, with its sample and the save after it, and the last.
 
-    Then a step is trained beside that save, as in the run: the peak of memory holds both.
+    Then a step is trained beside a save, as in the run: the peak of memory holds both.
     """
-    longer = training.config.training.model_copy(update={"num_steps": training.trainer.step + 1})
-    on_the_way = replace(training, config=training.config.model_copy(update={"training": longer}))
-    runs = training.config.run.directory
+    run, trainer = training.config.run, training.trainer
+    longer = training.config.training.model_copy(update={"num_steps": trainer.step + 1})
+    goes_on = replace(training, config=training.config.model_copy(update={"training": longer}))
     with (
-        tempfile.TemporaryDirectory(dir=runs, prefix=".plan-") as place,
+        tempfile.TemporaryDirectory(dir=run.directory, prefix=".plan-") as place,
         unfinished(Path(place)),
-        Session(Path(place), on_the_way, _Silent()) as session,
+        Session(Path(place), goes_on, _Silent()) as session,
     ):
-        trainer = training.trainer
+        began = time.perf_counter()
+        session.evaluate(run.evaluation_windows)
+        over_windows = time.perf_counter() - began
         began = time.perf_counter()
         session.validate(trainer)
-        seconds = time.perf_counter() - began
+        on_the_way = time.perf_counter() - began
+        if not run.keep_best_checkpoints:  # otherwise it was saved right now
+            session.save()
         batch = training.loader.batch_at(trainer.step)
         # Gradients are there from the second micro-batch on.
         trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
-        return seconds
+    windows = run.evaluation_windows * training.config.model.context_length
+    over_all = over_windows * max(1.0, len(training.data.validation) / windows)
+    ranking = over_windows if run.keep_best_checkpoints else 0.0  # is over the same as before
+    return on_the_way, on_the_way - over_windows + over_all + ranking
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -27,14 +27,15 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
             f"{_short(per_step)}FLOP a step; {tokens}"
         )
     yield from _memory(plan)
-    utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%}"
+    rate = f"of {_short(found.peak_flops_per_second)}FLOP/s"
+    utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%} {rate}"
     if plan.computed:
         yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
         if found.step < _SHORT_STEP:
             yield "            a GPU waits for the host in so short a step: it takes longer"
     yield (
         f"speed       {_seconds(found.step)} a step, {found.tokens_per_second:,.0f} tokens/s"
-        f"{utilization} of {_short(found.peak_flops_per_second)}FLOP/s"
+        f"{utilization}"
     )
     training = config.training
     if training.schedule != "constant":
@@ -86,7 +87,7 @@ def _time(plan: Plan, seconds: float) -> str:
         f"time        {format_duration(seconds)} for {count(steps, 'step')}: {plan.start:.1f} s to "
         f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
         f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way; then "
-        f"{format_duration(plan.last_validation)} for all held-out text"
+        f"{format_duration(plan.last_validation)} for all of its text"
     )
 
 

@@ -132,18 +132,19 @@ class Session:
         last = step >= self.training.config.training.num_steps
         stopping = trainer.stop_reason is not None
         if not stopping:
-            result = self._evaluate(None if last else run.evaluation_windows)
+            result = self.evaluate(None if last else run.evaluation_windows)
             record: dict[str, Any] = {"step": step, "validation_loss": result.loss}
             trainer.log({**record, "validation_bits_per_byte": result.bits_per_byte})
             self._write_sample(step)
         if run.keep_best_checkpoints:
             if last or stopping:  # comparable with those before only over the same windows
-                result = self._evaluate(run.evaluation_windows)
+                result = self.evaluate(run.evaluation_windows)
             if math.isfinite(result.loss):
                 self._validation = step, Validation(result.loss, result.num_tokens)
             self._save()
 
-    def _evaluate(self, num_windows: int | None) -> Evaluation:
+    def evaluate(self, num_windows: int | None) -> Evaluation:
+        """Return the loss over so many windows of the validation text; None: over all of it."""
         config, data = self.training.config, self.training.data
         batches = batches_to_evaluate(config, data.validation, num_windows)
         token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
