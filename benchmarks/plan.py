@@ -131,7 +131,7 @@ def predicted(config: Path, environment: dict[str, str], *gpu: str) -> dict[str,
 def peaks(config: Path, place: Path) -> tuple[int, int]:
     """Return the bytes that a plan says and those of a run; what that compiled is left in `place`.
 
-    The run validates and saves halfway.
+    The run validates and saves five times on the way.
     """
     cache = place / "cache-plan"
     cache.mkdir()
@@ -230,7 +230,7 @@ def main() -> None:
             config = Path(place, "config.toml")
             # A short text to validate on: what a run does after its last step is not measured.
             here = {
-                "run": {"directory": place, "evaluate_every": _STEPS // 2},
+                "run": {"directory": place, "evaluate_every": _STEPS // 6},
                 "data": {"validation": shutil.copy(argparse.__file__, f"{place}/validation.txt")},
             }
             config.write_text(tomli_w.dumps(merged(settings, here)), encoding="utf-8")

@@ -17,7 +17,7 @@ How the settings of [configs/quickstart.toml](../configs/quickstart.toml), which
 
 SEARCH_TEXT = """## The search
 
-`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of {steps} steps of 3,072 tokens, as many as `make train` had when the search began, on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was then: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3, in as many steps, though one with AdamW takes less time. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores in float32 ({machine}, one thread a trial), on the same text; where there are several figures they are seeds 0, 1, 2.
+`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of {steps} steps of 3,072 tokens, as many as `make train` had when the search began, on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was then: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3, in as many steps, though one with AdamW takes less time. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores, one thread a trial, in float32 ({machine}; AdamW's start on seed 2, bytes and docstrings in bfloat16 on {other}), on the same text; where there are several figures they are seeds 0, 1, 2.
 """
 
 SAME_TEXT = """
@@ -55,7 +55,7 @@ INGREDIENTS = {
 }
 
 INGREDIENTS_TEXT = """
-What the start with Muon loses in bits per byte without one of its ingredients, on the H200, in as many steps (840 with four heads, which take as long on two cores); what is tied to chance, as the text below says, is in these figures too:
+What the start with Muon loses in bits per byte without one of its ingredients, on the H200 (bytes on two cores), in as many steps or, with four heads and with bytes, in the 840 and 1,240 that take as long on two cores; what is tied to chance, as the text below says, is in these figures too:
 
 | with | loss |
 |---|---|
@@ -72,7 +72,7 @@ The best of the smallest model is x {smallest:g}, that of the largest x {largest
 
 PLAN_TEXT = """## What a plan predicts, and what the run shows
 
-`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of {turns} turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians, and the ratio of each turn, least to most: this machine is shared. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves on the way, each with an empty compile cache.
+`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of {turns} turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians, and the ratio of each turn, least to most: this machine is shared. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves five times on the way, each with an empty compile cache.
 
 | | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
 |---|---|---|---|---|---|---|
@@ -90,11 +90,12 @@ LOSS_TABLE = """
 
 def search() -> str:
     """Return the tables of the trials, the best of each optimizer first."""
-    record, fast = load("recipe"), load("recipe-h200")
-    trials = [t for t in record["trials"] if t["data"] == "stdlib"]
+    record, later, fast = load("recipe"), load("recipe-xeon"), load("recipe-h200")
+    every = record["trials"] + later["trials"]
+    trials = [t for t in every if t["data"] == "stdlib"]
     here, there = _by_name(trials), _by_name(fast["trials"])
     steps = next(t["settings"]["training"]["num_steps"] for t in trials if t["name"] == "start")
-    text = SEARCH_TEXT.format(steps=steps, machine=record["machine"])
+    text = SEARCH_TEXT.format(steps=steps, machine=record["machine"], other=later["machine"])
     for group, title in (("muon", "Muon"), ("adamw", "AdamW")):
         text += f"\n| {title} | H200 | two cores |\n|---|---|---|\n"
         own = [name for of, name in there if of == group]
@@ -113,7 +114,7 @@ def search() -> str:
     text += SAME_TEXT.format(
         median=statistics.median(differences), most=max(differences), count=len(differences)
     )
-    return f"\n{text}{ingredients(there, here)}{other_texts(record)}{LESSON}"
+    return f"\n{text}{ingredients(there, here)}{other_texts(every)}{LESSON}"
 
 
 def _by_name(trials: list[Any]) -> Bits:
@@ -142,10 +143,10 @@ def ingredients(*machines: Bits) -> str:
     return f"{INGREDIENTS_TEXT}{rows}"
 
 
-def other_texts(record: Any) -> str:
+def other_texts(trials: list[Any]) -> str:
     """Return the table of the winners on other texts; nothing where none was tried."""
     found: dict[str, dict[str, str]] = {}
-    for trial in record["trials"]:
+    for trial in trials:
         winner = {"muon": "start", "adamw": "decay over a fifth"}.get(trial["group"])
         if trial["data"] != "stdlib" and (trial["name"], trial["seed"]) == (winner, 0):
             cells = found.setdefault(trial["data"], {})

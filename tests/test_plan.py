@@ -4,8 +4,8 @@ import math
 import mmap
 import re
 import sys
-import threading
 import tomllib
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,7 @@ from test_cli import TINY
 import truestep.loss as loss_module
 from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compiler
 from truestep.batch import Batch
-from truestep.checkpoint.writer import CheckpointWriter
+from truestep.checkpoint.snapshot import Snapshot
 from truestep.cli import main
 from truestep.config import RunConfig
 from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
@@ -296,33 +296,26 @@ def test_a_validation_on_the_way_is_timed_however_short_the_run(monkeypatch):
 @pytest.mark.parametrize("keep_best", ["0", "2"])
 def test_the_peak_of_a_plan_holds_a_step_beside_a_save(monkeypatch, keep_best):
     monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
-    trained, done, rows = threading.Event(), [], []
-    step, save, commit = Trainer.training_step, CheckpointWriter.save, CheckpointWriter._commit
+    copies, done = [], []
+    stage, step = Snapshot.staged, Trainer.training_step
+
+    def staged(self):
+        copy = stage(self)
+        copies.append(weakref.ref(copy))
+        return copy
 
     def training_step(self, batch):
-        rows.append(len(batch.tokens))
         metrics = step(self, batch)
-        done.append("step")
-        trained.set()
+        done.append((len(batch.tokens), bool(copies) and copies[-1]() is not None))
         return metrics
 
-    def save_(self, *arguments, **options):
-        trained.clear()
-        save(self, *arguments, **options)
-
-    def commit_(self, snapshot):  # in a thread of its own, which ends with the step
-        assert trained.wait(20)
-        done.append("save")
-        return commit(self, snapshot)
-
+    monkeypatch.setattr(Snapshot, "staged", staged)
     monkeypatch.setattr(Trainer, "training_step", training_step)
-    monkeypatch.setattr(CheckpointWriter, "save", save_)
-    monkeypatch.setattr(CheckpointWriter, "_commit", commit_)
     monkeypatch.setattr(workflow, "peak_bytes", lambda _: done.append("peak"))
     few = ["--training.micro-batch-size", "1", "--run.keep-best-checkpoints", keep_best]
     assert main(["plan", "tiny.toml", "-d", "text.txt", *few]) == 0
-    assert done[-3:] == ["step", "save", "peak"]
-    assert rows[-1] == 2
+    assert done[-2:] == [(2, True), "peak"]
+    assert len(copies) == 1 + (keep_best != "0")
 
 
 @pytest.mark.parametrize(("keep_best", "again"), [(2, 2.0), (0, 0.0)])

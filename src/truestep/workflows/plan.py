@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 
 from truestep import compiler, runtime
+from truestep.checkpoint.snapshot import take_snapshot
 from truestep.config import RunConfig, TrainingConfig
 from truestep.data.corpus import Say
 from truestep.gpus import GPU
@@ -232,7 +233,8 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
 def _seconds_of_validations(training: Training) -> tuple[float, float]:
     """Return how long one on the way takes, with its sample and the save after it, and the last.
 
-    Then a step is trained beside a save, as in the run: the peak of memory holds both.
+    Then a step is trained beside a copy of the state, which a save in the background may hold as
+    long as that: the peak of memory is that of a run which is unlucky once.
     """
     run, trainer = training.config.run, training.trainer
     longer = training.config.training.model_copy(update={"num_steps": trainer.step + 1})
@@ -248,11 +250,12 @@ def _seconds_of_validations(training: Training) -> tuple[float, float]:
         began = time.perf_counter()
         session.validate(trainer)
         on_the_way = time.perf_counter() - began
-        if not run.keep_best_checkpoints:  # otherwise it was saved right now
-            session.save()
-        batch = training.loader.batch_at(trainer.step)
-        # Gradients are there from the second micro-batch on.
-        trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
+    trainer.sinks = []  # those of the session are closed
+    copy = take_snapshot(trainer, {}).staged()
+    batch = training.loader.batch_at(trainer.step)
+    # Gradients are there from the second micro-batch on.
+    trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
+    del copy
     windows = run.evaluation_windows * training.config.model.context_length
     over_all = over_windows * max(1.0, len(training.data.validation) / windows)
     ranking = over_windows if run.keep_best_checkpoints else 0.0  # is over the same as before
