@@ -344,6 +344,17 @@ def test_a_run_without_an_output_trains():
     assert subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 0
 
 
+def test_a_signal_while_storage_is_being_imported_ends_the_command_as_any_other():
+    program = """
+import signal, sys, types
+from truestep.cli import _leave
+sys.modules["truestep.storage"] = types.ModuleType("truestep.storage")  # so far
+_leave(signal.SIGTERM, None)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (143, b"error: interrupted\n")
+
+
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7])
 def test_a_signal_at_start_up_ends_it_without_a_traceback_or_a_run(seconds):
     command = [sys.executable, "-m", "truestep", "train", "tiny.toml", "--data", "text.txt"]
@@ -351,8 +362,8 @@ def test_a_signal_at_start_up_ends_it_without_a_traceback_or_a_run(seconds):
         time.sleep(seconds)
         process.send_signal(signal.SIGTERM)
         error = process.stderr.read()
-    assert process.returncode in {-signal.SIGTERM, 128 + signal.SIGTERM}
     assert b"Traceback" not in error
+    assert process.returncode in {-signal.SIGTERM, 128 + signal.SIGTERM}
     assert not [p for p in Path().glob("runs/*") if not p.name.startswith(".")]
 
 

@@ -36,6 +36,7 @@ WRITERS = {
     ("observe/sinks.py", "path.open"): "a log grows by a line; a torn last one is dropped",
     ("checkpoint/lock.py", "self._holder.open"): "says who holds a lock; nobody relies on it",
     ("workflows/run.py", "tempfile.TemporaryFile"): "tries the disk, in a file without a name",
+    ("machine.py", "?.write_text"): "no file: what the kernel is told to count anew",
     ("cli/__init__.py", "open"): "the null device, where the output was closed",
     ("cli/app.py", "os.open"): "the null device, where the reader has left",
     ("observe/sinks.py", "os.open"): "the null device, where the reader has left",

@@ -37,7 +37,8 @@ def say_when_interrupted(text: str) -> None:
 
 
 def _leave(number: int, _: object, text: str = "") -> None:
-    if storage := sys.modules.get("truestep.storage"):
-        storage.remove_unfinished()
+    storage = sys.modules.get("truestep.storage")
+    if remove_unfinished := getattr(storage, "remove_unfinished", None):  # not while it is imported
+        remove_unfinished()
     os.write(2, f"error: interrupted{text}\n".encode("ascii", "backslashreplace"))
     os._exit(128 + number)
