@@ -63,11 +63,11 @@ What the start with Muon loses in bits per byte without one of its ingredients, 
 
 TRANSFER_TEXT = """## Learning rates that carry over
 
-`python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with both learning rates multiplied alike ({machine}). Bits per byte of seeds {seeds}; in bold the least mean:
+`python benchmarks/transfer.py --output docs/figures/transfer.json`: the recipe on bytes, {steps} steps, with both learning rates multiplied alike ({machine}). Bits per byte (seed: {seeds}); in bold the least mean:
 """
 
 TRANSFER_FOUND = """
-The best of the smallest model is x {smallest:g}, that of the largest x {largest:g}: whoever takes the first for the second loses {loss:.3f}. The rates next to the best are often as good within what a seed changes.
+The best of the smallest model is x {smallest:g}, that of the largest x {largest:g}: whoever takes the first for the second loses {loss:.3f}.
 """
 
 PLAN_TEXT = """## What a plan predicts, and what the run shows

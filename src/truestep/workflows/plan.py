@@ -234,7 +234,7 @@ def _seconds_of_validations(training: Training) -> tuple[float, float]:
     """Return how long one on the way takes, with its sample and the save after it, and the last.
 
     Then a step is trained beside a copy of the state, which a save in the background may hold as
-    long as that: the peak of memory is that of a run which is unlucky once.
+    long as that. A run's heap may still grow by more: what a step has freed lies in pieces.
     """
     run, trainer = training.config.run, training.trainer
     longer = training.config.training.model_copy(update={"num_steps": trainer.step + 1})
