@@ -3,10 +3,11 @@
     python benchmarks/plan.py --output result.json
 
 On the standard library's source. Memory is what the system says of a process, a plan's and then a
-run's, each with a compile cache that is empty. For the time, a plan and a run stand side by side,
-compiled whole, and in turns one works while the other is stopped: the plan measures its steps as
-often as there are turns, each time between two stretches of the run, whose steps are those of its
-log. With `--gpu`, what is computed from that GPU's data sheet stands beside them.
+run's, in so many pairs, each with a compile cache that is empty. For the time, a plan and a run
+stand side by side, compiled whole, and in turns one works while the other is stopped: the plan
+measures its steps as often as there are turns, each time between two stretches of the run, whose
+steps are those of its log. With `--gpu`, what is computed from that GPU's data sheet stands beside
+them.
 What stands in the output with the same settings is not measured again.
 """
 
@@ -128,16 +129,16 @@ def predicted(config: Path, environment: dict[str, str], *gpu: str) -> dict[str,
     return found
 
 
-def peaks(config: Path, place: Path) -> tuple[int, int]:
-    """Return the bytes that a plan says and those of a run; what that compiled is left in `place`.
+def peaks(config: Path, name: str) -> tuple[int, int]:
+    """Return the bytes that a plan says and those of a run of that name.
 
     The run validates and saves five times on the way.
     """
-    cache = place / "cache-plan"
-    cache.mkdir()
-    said = predicted(config, environment_of_cache(cache))["bytes"]
-    command = _command(_RUN, "train", str(config), "--run.name", "short")
-    return said, int(subprocess.check_output(command, env=_environment(place)).splitlines()[-1])
+    command = _command(_RUN, "train", str(config), "--run.name", name)
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as other:
+        said = predicted(config, environment_of_cache(Path(cache)))["bytes"]
+        seen = subprocess.check_output(command, env=environment_of_cache(Path(other)))
+    return said, int(seen.splitlines()[-1])
 
 
 def side_by_side(config: Path, place: Path, turns: int) -> list[tuple[float, float]]:
@@ -213,6 +214,7 @@ def _environment(place: Path) -> dict[str, str]:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--turns", type=positive, default=9)
+    parser.add_argument("--pairs", type=positive, default=3, help="of which memory is looked at")
     parser.add_argument(
         "--configs", nargs="+", choices=[*CONFIGS, *GPU_CONFIGS], default=list(CONFIGS)
     )
@@ -223,7 +225,8 @@ def main() -> None:
         # Both compile or neither: so short a run would leave it.
         length = {"num_steps": _STEPS, "warmup_steps": 0, "decay_steps": "auto"}
         settings = merged((CONFIGS | GPU_CONFIGS)[name], {"training": {**length, "compile": "on"}})
-        key = {"name": name, "settings": settings, "gpu": options.gpu, "turns": options.turns}
+        key = {"name": name, "settings": settings, "gpu": options.gpu}
+        key |= {"turns": options.turns, "pairs": options.pairs}
         if any(key.items() <= found.items() for found in results):
             continue
         with tempfile.TemporaryDirectory() as place:
@@ -237,17 +240,18 @@ def main() -> None:
             found = {**key, "commit": facts()["commit"]}
             if options.gpu:
                 found["computed"] = predicted(config, own_environment(), options.gpu)
-            found["bytes"] = dict(zip(_BOTH, peaks(config, Path(place)), strict=True))
+            pairs = [peaks(config, f"short-{i}") for i in range(options.pairs)]
+            found["bytes"] = dict(zip(_BOTH, zip(*pairs, strict=True), strict=True))
             turns = side_by_side(config, Path(place), options.turns)
             found["seconds"] = dict(zip(_BOTH, zip(*turns, strict=True), strict=True))
         results = [old for old in results if (old["name"], old["gpu"]) != (name, options.gpu)]
         results.append(found)
         ratios = [said / seen for said, seen in turns]
+        said, seen = (statistics.median(found["bytes"][of]) for of in _BOTH)
         print(
             f"{name:34} {1e3 * statistics.median(found['seconds']['predicted']):8,.1f} ms a step, "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of the "
-            f"run's; {found['bytes']['predicted'] / 2**20:,.0f} MiB, "
-            f"{found['bytes']['predicted'] / found['bytes']['seen']:.2f}",
+            f"run's; {said / 2**20:,.0f} MiB, {said / seen:.2f}",
             flush=True,
         )
         write(options.output, {"configs": results})

@@ -72,7 +72,7 @@ The best of the smallest model is x {smallest:g}, that of the largest x {largest
 
 PLAN_TEXT = """## What a plan predicts, and what the run shows
 
-`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of {turns} turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians, and the ratio of each turn, least to most: this machine is shared. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves five times on the way, each with an empty compile cache.
+`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of {turns} turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians, and the ratio of each turn, least to most: this machine is shared. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves five times on the way, each with an empty compile cache; medians of {pairs} pairs, and their least and most.
 
 | | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
 |---|---|---|---|---|---|---|
@@ -195,15 +195,22 @@ def plan() -> str:
         each = [said / seen for said, seen in zip(*seconds.values(), strict=True)]
         ratio = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
         cells = [f"{before:,.0f}", f"{after:,.0f}", ratio]
-        before, after = (held[of] / 2**20 for of in ("predicted", "seen"))
-        cells += [f"{before:,.0f}", f"{after:,.0f}", f"{before / after:.2f}"]
+        cells += [_spread([size / 2**20 for size in held[of]]) for of in ("predicted", "seen")]
+        before, after = (statistics.median(held[of]) for of in ("predicted", "seen"))
+        cells.append(f"{before / after:.2f}")
         name = config["name"]
         if config["gpu"]:
             there = config["computed"]
             name += f" ({1e3 * there['seconds']:,.0f} ms, {2**-20 * there['bytes']:,.0f} MiB by "
             name += f"the data sheet of {config['gpu']})"
         rows += f"| {name} | {' | '.join(cells)} |\n"
-    return f"\n{PLAN_TEXT.format(machine=record['machine'], turns=turns)}{rows}"
+    pairs = " or ".join(sorted({str(len(config["bytes"]["seen"])) for config in record["configs"]}))
+    return f"\n{PLAN_TEXT.format(machine=record['machine'], turns=turns, pairs=pairs)}{rows}"
+
+
+def _spread(values: list[float]) -> str:
+    """Return the median with the least and most."""
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
 def time_to_loss() -> str:

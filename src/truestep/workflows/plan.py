@@ -1,6 +1,7 @@
 """What a run will cost, and whether it fits: measured in a few steps of it, before it runs."""
 
 import gc
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -233,11 +234,12 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
 def _seconds_of_validations(training: Training) -> tuple[float, float]:
     """Return how long one on the way takes, with its sample and the save after it, and the last.
 
-    Then a step is trained beside a copy of the state, which a save in the background may hold as
-    long as that. A run's heap may still grow by more: what a step has freed lies in pieces.
+    Three, with a step after each: what a step has freed lies in pieces, among which a validation
+    and a save find less and less room. Then a step is trained beside a copy of the state, which a
+    save in the background may hold as long as that.
     """
     run, trainer = training.config.run, training.trainer
-    longer = training.config.training.model_copy(update={"num_steps": trainer.step + 1})
+    longer = training.config.training.model_copy(update={"num_steps": trainer.step + 4})
     goes_on = replace(training, config=training.config.model_copy(update={"training": longer}))
     with (
         tempfile.TemporaryDirectory(dir=run.directory, prefix=".plan-") as place,
@@ -247,9 +249,13 @@ def _seconds_of_validations(training: Training) -> tuple[float, float]:
         began = time.perf_counter()
         session.evaluate(run.evaluation_windows)
         over_windows = time.perf_counter() - began
-        began = time.perf_counter()
-        session.validate(trainer)
-        on_the_way = time.perf_counter() - began
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            session.validate(trainer)
+            times.append(time.perf_counter() - began)
+            trainer.training_step(training.loader.batch_at(trainer.step))
+        on_the_way = statistics.median(times)
     trainer.sinks = []  # those of the session are closed
     copy = take_snapshot(trainer, {}).staged()
     batch = training.loader.batch_at(trainer.step)
