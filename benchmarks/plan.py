@@ -205,8 +205,8 @@ def _command(program: str, *arguments: str) -> list[str]:
 
 
 def _environment(place: Path) -> dict[str, str]:
-    """Return that of the run, and of the plan that finds what it compiled."""
-    cache = place / "cache-run"
+    """Return that of a plan, and of the run that finds what it compiled."""
+    cache = place / "cache"
     cache.mkdir(exist_ok=True)
     return environment_of_cache(cache)
 
