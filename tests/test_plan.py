@@ -228,7 +228,8 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
         # The second is made in a process that has imported everything: the run will not be.
         return replace(planned(config=config, estimate=found), start=3.0 if len(asked) == 1 else 0)
 
-    monkeypatch.setattr(workflow, "plan", plan_)
+    monkeypatch.setattr(workflow, "_measured", plan_)
+    monkeypatch.setattr(workflow, "open_data", lambda config, runs, say: say("opened"))
     monkeypatch.setattr(workflow, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
     def resolve(setting, device, flops, *, has_layers):
@@ -239,7 +240,9 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
     config = planned().config
     for seconds, compile_, plans in ((20, "off", 1), (100, "off", 2), (1000, pays, 2)):
         asked.clear()
-        found = plan_within(config, seconds, print)
+        said = []
+        found = plan_within(config, seconds, said.append)
+        assert said.count("opened") == 1
         assert found.config.training.compile == compile_
         assert found.start == 3.0
         assert asked == ["off", pays][:plans]

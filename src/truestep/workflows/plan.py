@@ -87,10 +87,14 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     many seconds the command took up to here.
     Errors: as for `build`.
     """
-    runs = Path(config.run.directory)
-    open_data(config, runs, say)  # prepared before the clock starts: the run finds it
+    open_data(config, Path(config.run.directory), say)  # the run finds it prepared
+    return _measured(config, say, loaded_in)
+
+
+def _measured(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
+    """Return the plan of a run whose text is prepared."""
     began = time.perf_counter()
-    training = build(config, runs, lambda _: None)
+    training = build(config, Path(config.run.directory), lambda _: None)
     trainer = training.trainer
     start = loaded_in + time.perf_counter() - began
     compiled = COMPILED[trainer.config.compile]
@@ -187,7 +191,7 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     probed_in = time.perf_counter() - began  # as the run will
     say("compiling may pay in that time")
     gc.collect()  # the first trainer holds itself, and would be in the second's way
-    other = plan(_compiling(config, compilation), say)
+    other = _measured(_compiling(config, compilation), say)
     # What the first of them waited for, imports above all, the run will as well.
     other = filled(replace(other, start=result.start + probed_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
