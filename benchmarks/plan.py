@@ -246,7 +246,6 @@ def main() -> None:
             found["seconds"] = dict(zip(_BOTH, zip(*turns, strict=True), strict=True))
         results = [old for old in results if (old["name"], old["gpu"]) != (name, options.gpu)]
         results.append(found)
-        results.sort(key=lambda found: list(CONFIGS | GPU_CONFIGS).index(found["name"]))
         ratios = [said / seen for said, seen in turns]
         said, seen = (statistics.median(found["bytes"][of]) for of in _BOTH)
         print(

@@ -17,11 +17,11 @@ How the settings of [configs/quickstart.toml](../configs/quickstart.toml), which
 
 SEARCH_TEXT = """## The search
 
-`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of {steps} steps of 3,072 tokens, as many as `make train` had when the search began, on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was then: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3, in as many steps, though one with AdamW takes less time. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores, one thread a trial, in float32 ({machine}; AdamW's start on seed 2, bytes and docstrings in bfloat16 on {other}), on the same text; where there are several figures they are seeds 0, 1, 2.
+`python benchmarks/recipe.py --output docs/figures/recipe.json`: trials of {steps} steps of 3,072 tokens, as many as `make train` had when the search began, on the source of Python's standard library; what counts is the bits per byte of the whole validation text. "start" is configs/quickstart.toml as it was then: 4 layers of width 128 with two heads over 4,096 byte pairs, embeddings tied to the head, a warm-up of 20 steps and a linear decay over the last two fifths; for AdamW the same at a rate of 2e-3, in as many steps, though one with AdamW takes less time. Each other trial changes one thing, and where that changes the time of a step on two cores, it has as many steps as take the same time there. All trials on seed 0 but those of bytes and of other texts were made on one H200 in bfloat16 (torch 2.11, 16 at a time, a minute or two each), and most on two cores, one thread a trial, in float32 ({machine}; AdamW's start on seed 2, bytes, a start for them to be held against, and docstrings in bfloat16 on {other}), on the same text; where there are several figures they are seeds 0, 1, 2.
 """
 
 SAME_TEXT = """
-Two processors, two arithmetics and two releases of torch differ by {median:.3f} in the median of {count} trials, and by {most:.3f} at most.
+The H200 and two cores, which differ in processor, in the release of torch and, but for one trial, in arithmetic, differ by {median:.3f} in the median of {count} trials, and by {most:.3f} at most.
 """
 
 OTHERS_TEXT = """
@@ -55,7 +55,7 @@ INGREDIENTS = {
 }
 
 INGREDIENTS_TEXT = """
-What the start with Muon loses in bits per byte without one of its ingredients, on the H200 (bytes on two cores), in as many steps or, with four heads and with bytes, in the 840 and 1,240 that take as long on two cores; what is tied to chance, as the text below says, is in these figures too:
+What the start with Muon loses in bits per byte without one of its ingredients, on the H200 (bytes, and what they are held against, on the Xeon), in as many steps or, with four heads and with bytes, in the 840 and 1,240 that take as long on two cores; what is tied to chance, as the text below says, is in these figures too:
 
 | with | loss |
 |---|---|
@@ -72,10 +72,10 @@ The best of the smallest model is x {smallest:g}, that of the largest x {largest
 
 PLAN_TEXT = """## What a plan predicts, and what the run shows
 
-`python benchmarks/plan.py --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of {turns} turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians, and the ratio of each turn, least to most. The ratio is the median of the turns', not that of the two medians beside it, since this machine is shared and its speed changes between turns. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves five times on the way, each with an empty compile cache; of one pair, or the medians of three and their least and most. Two were measured again in fifteen turns: Muon on byte pairs, which came to 1.10 (1.02 to 1.22) in seven, and W2, whose ratio was 1.02 (0.85 to 1.19) there, but its two medians 1.11 apart.
+`python benchmarks/plan.py --turns N --pairs N --output docs/figures/plan.json` ({machine}). The time of a step, compiled whole: a plan and a run stand side by side, and of several turns each is a measurement of the plan, 5 s of steps, between two stretches of 6 s of the run, whose steps are those of its log; medians. Memory: the peak that the system says of a process, a plan's as `truestep plan` says it and a run's that validates and saves five times on the way, each with an empty compile cache; medians of one pair or three, least to most. A ratio is the median of those of the turns or pairs, least to most, not that of the two medians beside it: this machine is shared, its speed changes between turns, and how the heap is cut up differs from process to process. Two were measured again in fifteen turns: Muon on byte pairs, which came to 1.10 (1.02 to 1.22) in seven, and W2, whose ratio was 1.02 (0.85 to 1.19) there, but its two medians 1.11 apart.
 
-| | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
-|---|---|---|---|---|---|---|
+| | turns, pairs | ms a step, predicted | seen | ratio | MiB, predicted | seen | ratio |
+|---|---|---|---|---|---|---|---|
 """
 
 LOSS_TEXT = """## Time to a loss
@@ -94,6 +94,7 @@ def search() -> str:
     every = record["trials"] + later["trials"]
     trials = [t for t in every if t["data"] == "stdlib"]
     here, there = _by_name(trials), _by_name(fast["trials"])
+    on_xeon = _by_name([t for t in later["trials"] if t["data"] == "stdlib"])
     steps = next(t["settings"]["training"]["num_steps"] for t in trials if t["name"] == "start")
     text = SEARCH_TEXT.format(steps=steps, machine=record["machine"], other=later["machine"])
     for group, title in (("muon", "Muon"), ("adamw", "AdamW")):
@@ -114,7 +115,7 @@ def search() -> str:
     text += SAME_TEXT.format(
         median=statistics.median(differences), most=max(differences), count=len(differences)
     )
-    return f"\n{text}{ingredients(there, here)}{other_texts(every)}{LESSON}"
+    return f"\n{text}{ingredients(there, on_xeon)}{other_texts(every)}{LESSON}"
 
 
 def _by_name(trials: list[Any]) -> Bits:
@@ -122,7 +123,7 @@ def _by_name(trials: list[Any]) -> Bits:
     found: Bits = {}
     for trial in trials:
         by_seed = found.setdefault((trial["group"], trial["name"]), {})
-        by_seed[trial["seed"]] = trial["bits_per_byte"]
+        by_seed.setdefault(trial["seed"], trial["bits_per_byte"])  # the first machine's counts
     return found
 
 
@@ -187,30 +188,33 @@ def transfer() -> str:
 def plan() -> str:
     """Return the table of what was predicted and seen."""
     record = load("plan")
-    turns = " or ".join(sorted({str(config["turns"]) for config in record["configs"]}))
     rows = ""
     for config in record["configs"]:
         seconds, held = config["seconds"], config["bytes"]
         before, after = (1e3 * statistics.median(seconds[of]) for of in ("predicted", "seen"))
-        each = [said / seen for said, seen in zip(*seconds.values(), strict=True)]
-        ratio = f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
-        cells = [f"{before:,.0f}", f"{after:,.0f}", ratio]
+        cells = [f"{before:,.0f}", f"{after:,.0f}", _ratio(seconds)]
         cells += [_spread([size / 2**20 for size in held[of]]) for of in ("predicted", "seen")]
-        before, after = (statistics.median(held[of]) for of in ("predicted", "seen"))
-        cells.append(f"{before / after:.2f}")
+        cells.append(_ratio(held))
         name = config["name"]
         if config["gpu"]:
             there = config["computed"]
             name += f" ({1e3 * there['seconds']:,.0f} ms, {2**-20 * there['bytes']:,.0f} MiB by "
             name += f"the data sheet of {config['gpu']})"
-        rows += f"| {name} | {' | '.join(cells)} |\n"
-    return f"\n{PLAN_TEXT.format(machine=record['machine'], turns=turns)}{rows}"
+        rows += f"| {name} | {config['turns']}, {config['pairs']} | {' | '.join(cells)} |\n"
+    return f"\n{PLAN_TEXT.format(machine=record['machine'])}{rows}"
 
 
-def _spread(values: list[float]) -> str:
+def _ratio(both: dict[str, list[float]]) -> str:
+    """Return predicted over seen: the median of those measured together, and their spread."""
+    return _spread(
+        [said / seen for said, seen in zip(both["predicted"], both["seen"], strict=True)], ".2f"
+    )
+
+
+def _spread(values: list[float], form: str = ",.0f") -> str:
     """Return the median, with the least and most of several."""
-    spread = f" ({min(values):,.0f} to {max(values):,.0f})" if len(values) > 1 else ""
-    return f"{statistics.median(values):,.0f}{spread}"
+    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{statistics.median(values):{form}}{spread}"
 
 
 def time_to_loss() -> str:

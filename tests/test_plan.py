@@ -4,6 +4,7 @@ import math
 import mmap
 import re
 import sys
+import threading
 import tomllib
 import weakref
 from dataclasses import replace
@@ -20,6 +21,7 @@ import truestep.loss as loss_module
 from truestep import GPT, GPTConfig, Trainer, TrainingConfig, compiler
 from truestep.batch import Batch
 from truestep.checkpoint.snapshot import Snapshot
+from truestep.checkpoint.writer import CheckpointWriter
 from truestep.cli import main
 from truestep.config import RunConfig
 from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
@@ -27,7 +29,8 @@ from truestep.machine import _left_by_groups, accelerator_is_full, forget_peak, 
 from truestep.settings import validate
 from truestep.training.compose import resolve_settings
 from truestep.training.estimate import Estimate, _measured, computed_estimate, estimate
-from truestep.training.footprint import Footprint, bytes_to_come, footprint, state_bytes
+from truestep.training.evaluate import evaluate
+from truestep.training.footprint import Footprint, _Ledger, bytes_to_come, footprint, state_bytes
 from truestep.training.micro_batch import (
     largest_micro_batch,
     largest_that_fits,
@@ -96,6 +99,16 @@ class ForksOnValues(torch.nn.Module):
 
     def forward(self, tokens):
         return self.model(tokens) * (2 if bool((tokens > 5).any()) else 1)
+
+
+def test_an_estimate_takes_any_batch_and_logs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    windows = torch.arange(4 * 33).reshape(4, 33) % 97
+    found = estimate(Trainer(model(), TrainingConfig(compile="off")), lambda _: windows)
+    assert found.tokens_per_step == 4 * 32
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TypeError, match=r"trainer is a GPT; give a Trainer: estimate\(Trainer"):
+        estimate(model(), lambda _: windows)
 
 
 def test_a_model_that_cannot_be_looked_at_is_still_timed(monkeypatch):
@@ -188,7 +201,8 @@ def test_the_lines_say_time_speed_and_cost():
     lines = "\n".join(lines_of(planned(), price_per_hour=36.0))
     assert "8:50 for 1,000 steps" in lines  # 3 + 10 + 499.5 + 18
     assert "500 ms a step, 2,000 tokens/s, MFU 12% of 100 GFLOP/s" in lines
-    assert "2.0 s each of 9 validations on the way; then 0:20 for all of its text" in lines
+    assert "3.00 s to start, 10.00 s the first step, 2.00 s each of 9 validations; then" in lines
+    assert "then 0:20 for a last validation over all of the text" in lines
     assert "5.50 at 36 an hour" in lines  # all of it
     unknown = replace(planned(), estimate=replace(planned().estimate, flops_per_token=None))
     assert "500 ms a step, 2,000 tokens/s\n" in "\n".join(lines_of(unknown))
@@ -215,20 +229,23 @@ def test_the_command_plans_and_leaves_nothing_but_the_prepared_text(capsys, monk
     assert main(["train", "plan.toml"]) == 0  # the settings are whole
 
 
-@pytest.mark.parametrize("pays", ["layers", "on"])
+@pytest.mark.parametrize(("pays", "device", "peak"), [("layers", "cpu", None), ("on", "cuda", 4)])
 def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_back(
-    monkeypatch, pays
+    monkeypatch, pays, device, peak
 ):
+    """A CPU's peak is then unknown where it was less: what the first plan freed is kept."""
     asked = []
+    monkeypatch.setattr(workflow.runtime, "resolve_device", lambda _: torch.device(device))
 
     def plan_(config, *_):
         asked.append(config.training.compile)
         found = replace(planned().estimate, step=0.5 if asked[-1] == "off" else 0.4)
         found = replace(found, first_step=1.0 if asked[-1] == "off" else 40.0)
         # The second is made in a process that has imported everything: the run will not be.
-        return replace(planned(config=config, estimate=found), start=3.0 if len(asked) == 1 else 0)
+        one = replace(planned(config=config, estimate=found), peak_bytes=5 - (asked[-1] == pays))
+        return replace(one, start=3.0 if len(asked) == 1 else 0)
 
-    monkeypatch.setattr(workflow, "_measured", plan_)
+    monkeypatch.setattr(workflow, "_plan_of_prepared", plan_)
     monkeypatch.setattr(workflow, "open_data", lambda config, runs, say: say("opened"))
     monkeypatch.setattr(workflow, "time", SimpleNamespace(perf_counter=lambda: 0.0))
 
@@ -245,6 +262,7 @@ def test_the_better_of_compiled_and_not_is_planned_where_the_time_may_earn_it_ba
         assert said.count("opened") == 1
         assert found.config.training.compile == compile_
         assert found.start == 3.0
+        assert found.peak_bytes == (peak if compile_ == pays else 5)
         assert asked == ["off", pays][:plans]
     config = RunConfig(training={"compile": "on"})
     asked.clear()
@@ -260,7 +278,7 @@ def test_minutes_give_the_steps_that_fit(capsys, monkeypatch):
     minutes, seconds = re.search(r"time +(\d+):(\d\d) for", capsys.readouterr().out).groups()
     assert 285 <= 60 * int(minutes) + int(seconds) <= 300
     assert main([*command[:5], "1e-6"]) == 2
-    assert "not one step fits into 0:00" in capsys.readouterr().err
+    assert "not one step fits into 6e-05 s" in capsys.readouterr().err
     for minutes in ("-1", "nan", "inf"):
         assert main([*command[:5], minutes]) == 2
         assert "--minutes" in capsys.readouterr().err
@@ -269,9 +287,9 @@ def test_minutes_give_the_steps_that_fit(capsys, monkeypatch):
 def test_where_settings_go_is_refused_before_anything_is_measured(capsys):
     command = ["plan", "tiny.toml", "--data", "text.txt", "--out"]
     assert main([*command, "nowhere/plan.toml"]) == 2
-    assert "is in no directory that exists" in capsys.readouterr().err
+    assert "must be in a directory that exists" in capsys.readouterr().err
     assert main([*command, "tiny.toml"]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "must not exist yet" in capsys.readouterr().err
     assert Path("tiny.toml").read_text() == TINY
     assert not Path("runs").exists()
 
@@ -317,8 +335,62 @@ def test_the_peak_of_a_plan_holds_a_step_beside_a_save(monkeypatch, keep_best):
     monkeypatch.setattr(workflow, "peak_bytes", lambda _: done.append("peak"))
     few = ["--training.micro-batch-size", "1", "--run.keep-best-checkpoints", keep_best]
     assert main(["plan", "tiny.toml", "-d", "text.txt", *few]) == 0
+    # Never a whole step: many micro-batches may take minutes.
+    assert [rows for rows, _ in done[-5:-1]] == [2, 2, 2, 2]
     assert done[-2:] == [(2, True), "peak"]
-    assert len(copies) == 1 + 3 * (keep_best != "0")
+    assert len(copies) == 1 + 3
+
+
+def test_memory_that_ends_in_a_plan_makes_its_micro_batches_smaller(monkeypatch):
+    """Also in its last step, when what wrote down sizes for a run is closed."""
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    step, told = Trainer._step, []
+    copy = workflow._train_beside_a_copy
+
+    def beside(training):
+        told.append("last")
+        copy(training)
+
+    def fail_once(self, batch, buffers):
+        if told == ["last"]:
+            told.append("full")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, batch, buffers)
+
+    monkeypatch.setattr(workflow, "_train_beside_a_copy", beside)
+    monkeypatch.setattr(Trainer, "_step", fail_once)
+    config = validate(RunConfig, {"tiny.toml": tomllib.loads(TINY)})
+    data = config.data.model_copy(update={"source": "text.txt"})
+    with pytest.warns(UserWarning, match="the memory of cpu ended in step"):
+        workflow.plan(config.model_copy(update={"data": data}), lambda _: None)
+    assert told == ["last", "full"]
+
+
+def test_a_validation_does_not_wait_for_the_save_of_the_one_before(monkeypatch):
+    """A run has many steps between the two."""
+    monkeypatch.setattr("truestep.training.estimate._LEAST_SECONDS", 0.0)
+    now, awaited = [0.0], threading.Event()
+    commit, wait = CheckpointWriter._commit, CheckpointWriter.wait
+
+    def slow(self, snapshot):  # it takes until somebody waits for it, and 100 s then
+        assert awaited.wait(60)
+        awaited.clear()
+        now[0] += 100.0
+        return commit(self, snapshot)
+
+    def waits(self):
+        if self._in_flight is not None:
+            awaited.set()
+        wait(self)
+
+    monkeypatch.setattr(CheckpointWriter, "_commit", slow)
+    monkeypatch.setattr(CheckpointWriter, "wait", waits)
+    monkeypatch.setattr(workflow, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    config = validate(RunConfig, {"tiny.toml": tomllib.loads(TINY)})
+    data = config.data.model_copy(update={"source": "text.txt"})
+    found = workflow.plan(config.model_copy(update={"data": data}), lambda _: None)
+    assert found.validation == 0.0
+    assert now == [300.0]
 
 
 @pytest.mark.parametrize(("keep_best", "again"), [(2, 2.0), (0, 0.0)])
@@ -331,7 +403,8 @@ def test_of_the_last_validation_the_text_alone_is_longer(monkeypatch, keep_best,
         return lambda *_: now.__setitem__(0, now[0] + seconds)
 
     monkeypatch.setattr(workflow.Session, "evaluate", takes(2.0))
-    monkeypatch.setattr(workflow.Session, "validate", takes(9.0))  # 7 of them for sample and save
+    each = iter([20.0, 9.0, 8.0])  # the median is 9: 7 of them for sample and save
+    monkeypatch.setattr(workflow.Session, "validate", lambda *_: takes(next(each))())
     settings = tomllib.loads(TINY)
     settings["run"] |= {"evaluation_windows": 2, "keep_best_checkpoints": keep_best}
     settings["data"]["source"] = "text.txt"
@@ -574,7 +647,7 @@ def test_a_plan_for_a_gpu_keeps_what_was_said():
     with pytest.raises(RunError, match="precision=float32, but a data sheet is computed in bfl"):
         plan_on(config, find_gpu("h100"), print)
     config = RunConfig(run={"device": "cpu"}, data={"source": "text.txt"})
-    with pytest.raises(RunError, match="device=cpu, but the plan is for a GPU; leave it at auto"):
+    with pytest.raises(RunError, match="device=cpu, but the plan is for a GPU; give --run"):
         plan_on(config, find_gpu("h100"), print)
 
 
@@ -621,7 +694,7 @@ def test_what_does_not_fit_on_a_gpu_is_split_or_refused():
     with pytest.raises(ValueError, match=r"size=4 needs .* beside .* small one are left; use 2$"):
         computed_estimate(trainer, batch_at(0), small, 4)
     with pytest.raises(
-        ValueError, match=r"size=1 needs .* of the tiny one are left; use a smaller"
+        ValueError, match=r"one window needs .* of the tiny one are left; use a smaller"
     ):
         computed_estimate(trainer, batch_at(0), GPU("tiny one", 1e12, beside))
     trainer = Trainer(ForksOnValues(), TrainingConfig(), sinks=[])
@@ -645,13 +718,25 @@ def test_a_model_for_a_gpu_need_not_fit_here(monkeypatch):
     assert main(["plan", "tiny.toml", "--data", "text.txt"]) == 2
 
 
+def test_a_model_that_no_gpu_holds_is_refused_before_it_is_built(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("it is built")
+
+    monkeypatch.setattr("truestep.workflows.build.build_trainer", refuse)
+    large = ["--model.num-layers", "32", "--model.width", "4096", "--model.num-heads", "32"]
+    assert main(["plan", "tiny.toml", "--data", "text.txt", "--gpu", "rtx4090", *large]) == 2
+    err = capsys.readouterr().err
+    assert "does not fit: its weights, gradients and moments take at least" in err
+    assert "24,166 MiB are free" in err
+
+
 def test_the_command_plans_for_a_gpu_and_marks_it_as_computed(capsys):
     command = ["plan", "tiny.toml", "--data", "text.txt", "--gpu"]
     assert main([*command, "a100-40gb", "--minutes", "1", "--out", "plan.toml"]) == 0
     out = capsys.readouterr().out
     assert "NVIDIA A100 40GB, by its data sheet, bfloat16" in out
     assert "computed at an assumed MFU of 40%, not measured" in out
-    assert "waits for the host in so short a step: it takes longer" in out
+    assert "a lower bound: a GPU waits for the host in so short a step" in out
     assert "1:00 for" in out
     settings = tomllib.loads(Path("plan.toml").read_text())
     assert settings["run"]["device"] == "auto"
@@ -773,16 +858,25 @@ class Zeros:
         return np.zeros(stop - start, np.int64)
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "micro_batch_size", "rows"),
-    [(256, 64, 8), (256, 4, 4), (8192, 8, 4), (50257, 8, 1)],
-)
-def test_an_evaluation_takes_no_more_memory_than_a_step(vocab_size, micro_batch_size, rows):
+@pytest.mark.parametrize("vocab_size", [256, 8192, 16384, 50257])
+def test_an_evaluation_takes_no_more_memory_than_a_step(vocab_size):
     """Of many ids a step never holds all logits at once; evaluation does, those of its rows."""
+    shape = GPTConfig(vocab_size=vocab_size, num_layers=1, num_heads=2, width=64)
     config = RunConfig(
-        training={"micro_batch_size": micro_batch_size},
-        model={"vocab_size": vocab_size, "context_length": 256},
-        data={"batch_size": 8},
+        training={"micro_batch_size": 8}, model=shape.model_dump(), data={"batch_size": 8}
     )
-    batches = batches_to_evaluate(config, Zeros())
-    assert {len(batch.tokens) for batch in batches} == {rows}
+    narrow, batches = GPT(shape), list(batches_to_evaluate(config, Zeros()))
+    with _Ledger([*narrow.parameters(), *narrow.buffers()]) as ledger:
+        evaluate(narrow, batches[:1], precision="bfloat16")
+    step = footprint(narrow, Batch.of(torch.zeros(8, 257, dtype=torch.long)), 8, "bfloat16")
+    assert ledger.peak <= step.total
+
+
+def test_an_evaluation_takes_as_many_rows_as_a_micro_batch_and_at_least_one():
+    for micro_batch_size, vocab_size, rows in ((64, 256, 8), (4, 256, 4), (8, 2**20, 1)):
+        config = RunConfig(
+            training={"micro_batch_size": micro_batch_size},
+            model={"vocab_size": vocab_size},
+            data={"batch_size": 8},
+        )
+        assert {len(batch.tokens) for batch in batches_to_evaluate(config, Zeros())} == {rows}

@@ -27,11 +27,11 @@ def _new_file(_: object, path: Path | None) -> None:
     if path is None:
         return
     if not path.absolute().parent.is_dir():
-        raise ValueError("is in no directory that exists; make it first")
+        raise ValueError("must be in a directory that exists; make it first")
     if path.suffix != ".toml":
         raise ValueError("must end in .toml: the settings are written as TOML")
     if path.exists():
-        raise ValueError("exists already; choose another name, or remove it")
+        raise ValueError("must not exist yet; choose another name, or remove it")
 
 
 def plan(

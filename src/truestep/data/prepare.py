@@ -157,7 +157,9 @@ def _write(
     if isinstance(tokenizer, BytePairs):
         say(f"learning {tokenizer.vocab_size:,} byte pairs from the text to train on")
         texts = (piece for member in survey.splits["train"] for piece in member.document.pieces())
-        tokenizer = tokenizer.learn(texts)
+        asked, tokenizer = tokenizer.vocab_size, tokenizer.learn(texts)
+        if tokenizer.vocab_size < asked:
+            say(f"the text gives no more than {tokenizer.vocab_size:,} ids")
     with DirectoryWriter(target, storage) as writer:
         if isinstance(tokenizer, BytePairTokenizer):
             writer.write(DEFINITION, [tokenizer.definition])

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -72,19 +72,29 @@ class Estimate:
         )
 
 
-def estimate(trainer: Trainer, batch_at: Callable[[int], Batch]) -> Estimate:
+def estimate(trainer: Trainer, batch_at: Callable[[int], Any]) -> Estimate:
     """Train a few steps and return what they took; the trainer is of no use afterwards.
 
-    `batch_at(step)` gives batches of the size and length that training will have.
-    Errors: as for `Trainer.training_step`.
+    `batch_at(step)` gives batches of the size and length that training will have, in any form that
+    `Batch.of` takes. The trainer's sinks see nothing of it.
+    Errors: TypeError for what is no trainer; else as for `Trainer.training_step`.
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"trainer is a {type(trainer).__name__}; give a Trainer: estimate(Trainer(model), …)"
+        )
+    trainer.sinks = []
+
+    def batch_of(step: int) -> Batch:
+        return Batch.of(batch_at(step))
+
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32
     peak_flops_per_second = measure_peak_flops(trainer.device, dtype)
     forget_peak(trainer.device)  # those matrices are no part of a run
-    first = batch_at(0)
+    first = batch_of(0)
     trainer.prepare(first)
     largest = _largest_micro_batch(trainer, first)
-    first_step, step = _measured(trainer, first, batch_at)
+    first_step, step = _measured(trainer, first, batch_of)
     try:
         held = footprint(trainer.model, first, trainer.micro_batch_size(first), trainer.precision)
     except NotTraceableError:
@@ -167,9 +177,10 @@ def computed_estimate(
             "be computed; plan it on the GPU itself"
         )
     if held.needed > room:
+        asked = "one window" if micro_batch_size == "auto" else f"training.micro_batch_size={size}"
         raise ValueError(
-            f"training.micro_batch_size={size} needs {format_bytes(held.needed)} beside weights "
-            f"and moments, and {format_bytes(max(0, room))} of the {gpu.title} are left; use "
+            f"{asked} needs {format_bytes(held.needed)} beside weights and moments, and "
+            f"{format_bytes(max(0, room))} of the {gpu.title} are left; use "
             + (str(fitting) if fitting else "a smaller model or a shorter model.context_length")
         )
     tokens, flops = batch.tokens.numel(), trainer.facts.flops_per_token

@@ -19,6 +19,7 @@ from truestep.data.loader import WindowLoader
 from truestep.data.prepare import prepare_once
 from truestep.data.tokenizer import DEFINITION, ByteTokenizer, Tokenizer, find_tokenizer
 from truestep.data.tokens import PreparedData, open_prepared
+from truestep.gpus import GPU
 from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
 from truestep.observe.text import format_bytes
@@ -53,12 +54,19 @@ class Training:
 
 
 def build(
-    config: RunConfig, runs: Path, say: Say, existing: Path | None = None, *, trains: bool = True
+    config: RunConfig,
+    runs: Path,
+    say: Say,
+    existing: Path | None = None,
+    *,
+    trains: bool = True,
+    gpu: GPU | None = None,
 ) -> Training:
     """Set this process up and return what a run with these settings trains with, at step 0.
 
     Its data is prepared once below `runs`, the directory of all runs; with the tokenizer of the
-    `existing` run, if it goes on. Only what `trains` further is looked at for memory.
+    `existing` run, if it goes on. Only what `trains` further is looked at for memory; of a `gpu`
+    that is not here, whether the model alone fits.
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
     _require_room_for_a_batch(config)
@@ -77,7 +85,9 @@ def build(
         }
     )
     if trains:
-        _require_room_for_the_model(config, device)
+        _require_room_for_the_model(config, device, free_bytes(device))
+    elif gpu is not None:
+        _require_room_for_the_model(config, torch.device("cuda"), gpu.memory_bytes)
     loader = WindowLoader(
         data.train,
         context_length=config.model.context_length,
@@ -114,9 +124,8 @@ def _require_room_for_a_batch(config: RunConfig) -> None:
         )
 
 
-def _require_room_for_the_model(config: RunConfig, device: torch.device) -> None:
+def _require_room_for_the_model(config: RunConfig, device: torch.device, free: int | None) -> None:
     """Refuse a model whose training does not fit even without a batch. Errors: RunError."""
-    free = free_bytes(device)
     if free is None:
         return
     with torch.device("meta"):

@@ -25,11 +25,10 @@ from truestep.workflows.trained import load_trained
 def batches_to_evaluate(
     config: RunConfig, split: Tokens, num_windows: int | None = None
 ) -> Iterator[Batch]:
-    """Return batches of windows that take no more memory than a step of training does.
+    """Return batches of windows that take no more memory than a step of training, or of one window.
 
     Evaluation has all logits of a batch at one time, and them in float32, and these for the
-    softmax, where training of many ids has a chunk. W2's run on two Xeon cores held 1,250 MiB
-    with one row, 1,444 with two.
+    softmax, where training of many ids has a chunk.
     `num_windows` and errors: as for `evaluation_batches`.
     """
     length, vocab_size = config.model.context_length, int(config.model.vocab_size)

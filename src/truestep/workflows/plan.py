@@ -17,7 +17,6 @@ from truestep.config import RunConfig, TrainingConfig
 from truestep.data.corpus import Say
 from truestep.gpus import GPU
 from truestep.machine import device_name, peak_bytes
-from truestep.observe.text import format_duration
 from truestep.storage import LOCAL, replace_file, unfinished
 from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.training.schedule import resolve_decay_steps
@@ -25,6 +24,7 @@ from truestep.workflows.build import Training, build, open_data
 from truestep.workflows.run import RunError
 from truestep.workflows.session import Session
 
+_ROUNDS = 3  # of validation, save and step: W2's peak grows with them, 1,131 to 1,203 MiB
 COMPILED = {"on": "compiled", "layers": "compiled by layers", "off": "not compiled"}
 
 
@@ -88,11 +88,11 @@ def plan(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
     Errors: as for `build`.
     """
     open_data(config, Path(config.run.directory), say)  # the run finds it prepared
-    return _measured(config, say, loaded_in)
+    return _plan_of_prepared(config, say, loaded_in)
 
 
-def _measured(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
-    """Return the plan of a run whose text is prepared."""
+def _plan_of_prepared(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
+    """Return the same where the text is prepared."""
     began = time.perf_counter()
     training = build(config, Path(config.run.directory), lambda _: None)
     trainer = training.trainer
@@ -110,7 +110,9 @@ def _measured(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Plan:
         update={"micro_batch_size": found.micro_batch_size}
     )
     planned = training.config.model_copy(update={"training": resolved})
-    validation, last = _seconds_of_validations(replace(training, config=planned))
+    training = replace(training, config=planned)
+    validation, last = _seconds_of_validations(training)
+    _train_beside_a_copy(training)
     machine, peak = device_name(trainer.device), peak_bytes(trainer.device)
     tokens = len(training.data.train)
     return Plan(planned, found, start, validation, last, peak, machine, tokens)
@@ -126,13 +128,13 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
     asked = config.training
     if config.run.device not in {"auto", "cuda"}:
         raise RunError(
-            f"run.device={config.run.device}, but the plan is for a GPU; leave it at auto, or plan "
-            "without --gpu"
+            f"run.device={config.run.device}, but the plan is for a GPU; give --run.device auto, "
+            "or plan without --gpu"
         )
     if asked.precision == "float32":
         raise RunError(
-            "training.precision=float32, but a data sheet is computed in bfloat16; leave it at "
-            "auto, or plan on the GPU itself"
+            "training.precision=float32, but a data sheet is computed in bfloat16; give "
+            "--training.precision auto, or plan on the GPU itself"
         )
     here = asked.model_copy(
         update={
@@ -148,6 +150,7 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
             Path(config.run.directory),
             say,
             trains=False,
+            gpu=gpu,
         )
     say("computing what a step takes")
     found = computed_estimate(
@@ -191,13 +194,13 @@ def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 
     probed_in = time.perf_counter() - began  # as the run will
     say("compiling may pay in that time")
     gc.collect()  # the first trainer holds itself, and would be in the second's way
-    other = _measured(_compiling(config, compilation), say)
+    other = _plan_of_prepared(_compiling(config, compilation), say)
     # What the first of them waited for, imports above all, the run will as well.
     other = filled(replace(other, start=result.start + probed_in), seconds, config.training)
     if other.config.training.num_steps <= steps:
         return result
     # What a CPU's first plan has freed is kept: where the second takes no more, its own is unknown.
-    known = (other.peak_bytes or 0) > (result.peak_bytes or 0)
+    known = device.type != "cpu" or (other.peak_bytes or 0) > (result.peak_bytes or 0)
     return other if known else replace(other, peak_bytes=None)
 
 
@@ -214,7 +217,7 @@ def filled(plan: Plan, seconds: float, asked: TrainingConfig) -> Plan:
     steps = plan.steps_within(seconds)
     if not steps:
         raise RunError(
-            f"not one step fits into {format_duration(seconds)}: the first one ends after "
+            f"not one step fits into {seconds:.3g} s: the first one ends after "
             f"{plan.seconds(1):.0f} s; give more minutes, or a smaller model"
         )
     training = with_steps(plan.config.training, asked, steps)
@@ -236,14 +239,14 @@ def with_steps(plain: TrainingConfig, asked: TrainingConfig, num_steps: int) -> 
 
 
 def _seconds_of_validations(training: Training) -> tuple[float, float]:
-    """Return how long one on the way takes, with its sample and the save after it, and the last.
+    """Return how long one on the way takes, with its sample and its copy to save, and the last.
 
-    Three, with a step after each: what a step has freed lies in pieces, among which a validation
-    and a save find less and less room. Then a step is trained beside a copy of the state, which a
-    save in the background may hold as long as that.
+    Of several, with a save and a step after each: what a step has freed lies in pieces, among which
+    a validation and a save find less and less room. As in a run, the save of one has ended before
+    the next.
     """
     run, trainer = training.config.run, training.trainer
-    longer = training.config.training.model_copy(update={"num_steps": trainer.step + 4})
+    longer = training.config.training.model_copy(update={"num_steps": trainer.step + _ROUNDS + 1})
     goes_on = replace(training, config=training.config.model_copy(update={"training": longer}))
     with (
         tempfile.TemporaryDirectory(dir=run.directory, prefix=".plan-") as place,
@@ -254,22 +257,33 @@ def _seconds_of_validations(training: Training) -> tuple[float, float]:
         session.evaluate(run.evaluation_windows)
         over_windows = time.perf_counter() - began
         times = []
-        for _ in range(3):
+        for _ in range(_ROUNDS):
             began = time.perf_counter()
             session.validate(trainer)
             times.append(time.perf_counter() - began)
-            trainer.training_step(training.loader.batch_at(trainer.step))
+            if not run.keep_best_checkpoints:  # validating saves where there are
+                session.save()
+            _train_shortly(training)
+            session.wait()
         on_the_way = statistics.median(times)
-    trainer.sinks = []  # those of the session are closed
-    copy = take_snapshot(trainer, {}).staged()
-    batch = training.loader.batch_at(trainer.step)
-    # Gradients are there from the second micro-batch on.
-    trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
-    del copy
     windows = run.evaluation_windows * training.config.model.context_length
     over_all = over_windows * max(1.0, len(training.data.validation) / windows)
     ranking = over_windows if run.keep_best_checkpoints else 0.0  # is over the same as before
     return on_the_way, on_the_way - over_windows + over_all + ranking
+
+
+def _train_beside_a_copy(training: Training) -> None:
+    """Train while the state is there once more: a save in the background may take that long."""
+    copy = take_snapshot(training.trainer, {}).staged()
+    _train_shortly(training)
+    del copy
+
+
+def _train_shortly(training: Training) -> None:
+    """Train on two micro-batches, or all there are: gradients are there from the second on."""
+    trainer = training.trainer
+    batch = training.loader.batch_at(trainer.step)
+    trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
 
 
 def write_config(path: Path, config: RunConfig) -> None:

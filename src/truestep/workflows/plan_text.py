@@ -29,14 +29,14 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     yield from _memory(plan)
     rate = f"of {_short(found.peak_flops_per_second)}FLOP/s"
     utilization = "" if found.utilization is None else f", MFU {found.utilization:.0%} {rate}"
-    if plan.computed:
-        yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
-        if found.step < _SHORT_STEP:
-            yield "            a GPU waits for the host in so short a step: it takes longer"
     yield (
         f"speed       {_seconds(found.step)} a step, {found.tokens_per_second:,.0f} tokens/s"
         f"{utilization}"
     )
+    if plan.computed:
+        yield f"            computed at an assumed MFU of {ASSUMED_UTILIZATION:.0%}, not measured"
+        if found.step < _SHORT_STEP:
+            yield "            a lower bound: a GPU waits for the host in so short a step"
     training = config.training
     if training.schedule != "constant":
         decay = f", decay {training.decay_steps}" if training.schedule == "wsd" else ""
@@ -50,7 +50,7 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
     seconds = plan.seconds(steps)
     if plan.computed:
         yield (
-            f"time        {format_duration(seconds)} for {count(steps, 'step')} alone: without "
+            f"time        {_duration(seconds)} for {count(steps, 'step')} alone: without "
             "start, compilation and validation"
         )
     else:
@@ -83,12 +83,17 @@ def _memory(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan, seconds: float) -> str:
     """Return the line that takes a run's time apart."""
     steps, found = plan.config.training.num_steps, plan.estimate
+    validations = (steps - 1) // plan.config.run.evaluate_every
+    on_the_way = f", {_seconds(plan.validation)} each of {count(validations, 'validation')}"
     return (
-        f"time        {format_duration(seconds)} for {count(steps, 'step')}: {plan.start:.1f} s to "
-        f"start, {found.first_step:.1f} s the first step, {plan.validation:.1f} s each of "
-        f"{count((steps - 1) // plan.config.run.evaluate_every, 'validation')} on the way; then "
-        f"{format_duration(plan.last_validation)} for all of its text"
+        f"time        {_duration(seconds)} for {count(steps, 'step')}: {_seconds(plan.start)} to "
+        f"start, {_seconds(found.first_step)} the first step{on_the_way if validations else ''}; "
+        f"then {_duration(plan.last_validation)} for a last validation over all of the text"
     )
+
+
+def _duration(seconds: float) -> str:
+    return format_duration(seconds) if seconds >= 0.9995 else _seconds(seconds)
 
 
 def _seconds(value: float) -> str:

@@ -68,6 +68,7 @@ class Session:
             )
             stack.callback(self._writer.close)
             spikes = SpikeWatch(directory, say, from_step=trainer.step)
+            stack.callback(self._detach)
             self._stack = stack.pop_all()
         trainer.sinks = [self._log, self._writer, self.display, spikes]
         trainer.companions = [
@@ -83,8 +84,12 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Wait for the last save and close the files. Errors: OSError if the last save failed."""
+        """Leave the trainer, wait for the last save, close files. Errors: OSError of that save."""
         self._stack.close()
+
+    def _detach(self) -> None:
+        trainer = self.training.trainer
+        trainer.sinks, trainer.companions, trainer.when_resized = [], [], lambda: None
 
     def catch_up(self) -> None:
         """Validate the step the run goes on from, where a signal cut its validation off."""
@@ -98,6 +103,10 @@ class Session:
         """Have the state of this step written, once more if a save of it under way fails."""
         self._writer.wait()
         self._save()
+
+    def wait(self) -> None:
+        """Return once nothing is being saved. Errors: as for `CheckpointWriter.check`."""
+        self._writer.wait()
 
     def _save(self) -> None:
         """Have the state of this step written, with its validation loss if it was measured."""
