@@ -307,7 +307,7 @@ def mutants_section(rows: list[dict[str, Any]]) -> str:
     return (
         f"\n## Planted bugs\n\n`make mutants` plants the bugs that others have shipped, and some "
         f"against promises of our own, one at a time: {len(rows)} planted, {caught} caught "
-        "([all of it](mutants.json)). Ranks are simulated in one process, as there is one so far."
+        "([all of it](mutants.json))."
         "\n\n| bug | planted in | first test that fails |\n|---|---|---|\n" + table
     )
 

@@ -45,6 +45,34 @@ MUTANTS = [
         ("test_step.py::test_shares_of_a_batch_on_several_ranks_add_up_to_the_whole_batch",),
     ),
     Mutant(
+        "mean of means over processes: each divides by its own count",
+        "training/trainer.py",
+        "self.processes.sum(on_device.num_targets)",
+        "on_device.num_targets * self.processes.size",
+        ("test_parallel.py",),
+    ),
+    Mutant(
+        "gradients averaged over processes instead of summed",
+        "training/reduction.py",
+        "dist.all_reduce(bucket.buffer(), async_op=True)",
+        "dist.all_reduce(bucket.buffer().div_(self._processes.size), async_op=True)",
+        ("test_parallel.py",),
+    ),
+    Mutant(
+        "exact sums in the order of processes, not in pairs of pairs",
+        "training/reduction.py",
+        "self._processes.sum_in_pairs(bucket.buffer())",
+        "dist.all_reduce(bucket.buffer())",
+        ("test_parallel.py",),
+    ),
+    Mutant(
+        "exact sums of one process in the order of its micro-batches",
+        "training/reduction.py",
+        "if number % in_lane == 0:",
+        "if False:",
+        ("test_parallel.py",),
+    ),
+    Mutant(
         "uneven last window: padding is trained on",
         "data/loader.py",
         "np.full(shape, IGNORE_INDEX, dtype=np.int64)",
@@ -68,8 +96,8 @@ MUTANTS = [
     Mutant(
         "iter() before the position is restored: data replayed after a resume",
         "training/trainer.py",
-        "batches_from(data, self.step, resumed=resumed)",
-        "batches_from(data, 0, resumed=resumed)",
+        "data, self.step, resumed=resumed, processes",
+        "data, 0, resumed=resumed, processes",
         ("test_resume.py",),
     ),
     Mutant(

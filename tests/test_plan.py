@@ -24,6 +24,7 @@ from truestep.checkpoint.snapshot import Snapshot
 from truestep.checkpoint.writer import CheckpointWriter
 from truestep.cli import main
 from truestep.config import RunConfig
+from truestep.distributed.process import ALONE
 from truestep.gpus import ASSUMED_UTILIZATION, GPU, find_gpu
 from truestep.machine import _left_by_groups, accelerator_is_full, forget_peak, peak_bytes
 from truestep.settings import validate
@@ -36,6 +37,7 @@ from truestep.training.micro_batch import (
     largest_that_fits,
     micro_batch_that_fits,
 )
+from truestep.training.reduction import Reduction
 from truestep.workflows import plan as workflow
 from truestep.workflows.evaluate import batches_to_evaluate
 from truestep.workflows.memory import is_out_of_memory
@@ -752,7 +754,7 @@ class Clocked:
 
     def __init__(self, size, seconds):
         self.size, self.seconds, self.step, self.rows, self.now = size, seconds, 0, [], 0.0
-        self.compiled = set()
+        self.compiled, self.reduction = set(), Reduction(model(), ALONE)
 
     def micro_batch_size(self, _):
         return self.size

@@ -110,18 +110,23 @@ class Batch:
     def hash(self) -> str | None:
         """Return 16 hexadecimal digits of everything in the batch: equal batches, equal hashes.
 
-        None for a batch already on an accelerator: reading it would stall it.
+        It is the sum, modulo 2**64, of hashes of each row and its position: that of a batch is the
+        sum of those of its parts. None for a batch already on an accelerator: reading it would
+        stall it.
         """
         tensors = {"tokens": self.tokens, "targets": self.targets, **self.inputs}
         if any(tensor.device.type != "cpu" for tensor in tensors.values()):
             return None
-        # 0.05 ms for 12 x 256 tokens.
-        digest = hashlib.blake2b(digest_size=8)
-        for name in sorted(tensors):
-            data = tensors[name].detach().contiguous()
-            digest.update(f"{name} {data.dtype} {list(data.shape)}\n".encode())
-            digest.update(data.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        rows = [tensors[name].detach().contiguous() for name in sorted(tensors)]
+        kinds = [f"{name} {tensors[name].dtype}" for name in sorted(tensors)]
+        total = 0
+        for row in range(len(self.tokens)):  # 0.1 ms for 12 x 256 tokens
+            digest = hashlib.blake2b(f"{self.index + row}".encode(), digest_size=8)
+            for kind, tensor in zip(kinds, rows, strict=True):
+                digest.update(f"{kind} {list(tensor.shape[1:])}\n".encode())
+                digest.update(tensor[row].flatten().view(torch.uint8).numpy().data)
+            total += int.from_bytes(digest.digest(), "little")
+        return format(total % 2**64, "016x")
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; host memory that is pinned is copied asynchronously."""
@@ -137,9 +142,22 @@ class Batch:
     def split(self, size: int) -> Iterator["Batch"]:
         """Yield micro-batches of `size` rows, the last one with what is left."""
         for start in range(0, len(self.tokens), size):
-            rows = slice(start, start + size)
-            inputs = {name: value[rows] for name, value in self.inputs.items()}
-            yield Batch(self.tokens[rows], self.targets[rows], inputs, self.index + start)
+            yield self._rows(start, start + size)
+
+    def part(self, part: int, parts: int) -> "Batch":
+        """Return rows [part * B // parts, (part + 1) * B // parts).
+
+        Errors: ValueError where there are fewer rows than parts.
+        """
+        rows = len(self.tokens)
+        if rows < parts:
+            raise ValueError(f"a batch of {rows} rows has no {parts} parts; give it more rows")
+        return self._rows(part * rows // parts, (part + 1) * rows // parts)
+
+    def _rows(self, start: int, stop: int) -> "Batch":
+        rows = slice(start, stop)
+        inputs = {name: value[rows] for name, value in self.inputs.items()}
+        return Batch(self.tokens[rows], self.targets[rows], inputs, self.index + start)
 
 
 def check_token_ids(batch: Batch, vocab_size: int) -> None:

@@ -240,6 +240,7 @@ def _whole_graphs_kept() -> Iterator[None]:
     )
     marked = dict.fromkeys(_AUTOCAST, str(chosen))
     with (
+        torch._dynamo.config.patch(optimize_ddp=False),  # as one process compiles it
         graph_config.patch(autograd_cache_allow_custom_autograd_functions=True),
         kernel_config.patch(unsafe_marked_cacheable_functions=marked),
     ):

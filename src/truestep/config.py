@@ -84,6 +84,12 @@ class TrainingConfig(Config):
     deterministic: Literal["auto", "on", "off"] = trajectory("auto")
     """Use only deterministic algorithms; auto: on a CPU, where it costs nothing."""
 
+    reduction: Literal["fast", "exact"] = trajectory("fast")
+    """Sum of gradients: exact gives the same bits on 1, 2, 4 and 8 processes, at some cost."""
+
+    lanes: Literal[1, 2, 4, 8, 16, 32, 64, "auto"] = trajectory("auto")
+    """Parts of a batch that exact adds up in a tree: as many processes at most; auto: up to 8."""
+
     @model_validator(mode="after")
     def _check_schedule(self) -> Self:
         if self.warmup_steps > self.num_steps:

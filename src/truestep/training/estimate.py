@@ -120,7 +120,8 @@ def _measured(
     A step of many micro-batches that takes long is put together from steps of one and of several.
     """
     rows, size = len(first.tokens), trainer.micro_batch_size(first)
-    size = size if rows % size == 0 else rows  # the last of them has a shape of its own
+    if rows % size or len(trainer.reduction.shortened(first, size, 1).tokens) == rows:
+        size = rows  # the last of them has a shape of its own, or there is no shorter step
 
     def seconds(num_rows: int) -> float:
         batch = next(batch_at(trainer.step).split(num_rows))

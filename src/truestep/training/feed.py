@@ -1,13 +1,15 @@
 """Where the batches of a run come from, and whether they fit the model."""
 
+import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from truestep.batch import Batch
+from truestep.distributed.process import ALONE, Processes
 
 
 @runtime_checkable
@@ -18,16 +20,21 @@ class StepData(Protocol):
         """Return the global batch of update `step`, 0 for the first."""
 
 
-def batches_from(data: StepData | Iterable[Any], step: int, *, resumed: bool) -> Iterator[Any]:
-    """Yield the batches of updates `step`, `step + 1` and so on, without end.
+def batches_from(
+    data: StepData | Iterable[Any], step: int, *, resumed: bool, processes: Processes = ALONE
+) -> Iterator[Any]:
+    """Yield this process's share of the batches of updates `step`, `step + 1` and so on.
 
-    An iterable that can be iterated again (a list, a DataLoader) starts over when it ends.
+    Without end: an iterable that can be iterated again (a list, a DataLoader) starts over when it
+    ends. All processes are given the same data, and take rows of their own from each batch; where
+    `batch_at` has parts, it computes no more than those.
     Errors: ValueError for an iterable in a resumed run, since it has no position, or one that
     ends for good; TypeError for anything else.
     """
     if isinstance(data, StepData):
+        share = _share_at(data, processes)
         while True:
-            yield data.batch_at(step)
+            yield share(step)
             step += 1
     if not isinstance(data, Iterable):
         raise TypeError(
@@ -43,12 +50,28 @@ def batches_from(data: StepData | Iterable[Any], step: int, *, resumed: bool) ->
         empty = True
         for batch in data:
             empty = False
-            yield batch
+            yield _share(batch, processes)
         if empty or iter(data) is data:
             raise ValueError(
                 "data ended before the last step; repeat it, give a list or a DataLoader, "
                 "which start over, or lower num_steps"
             )
+
+
+def _share_at(data: StepData, processes: Processes) -> Callable[[int], Any]:
+    """Return the function from a step to this process's share of its batch."""
+    if processes.size == 1:
+        return data.batch_at
+    if "parts" in inspect.signature(data.batch_at).parameters:
+        parts: Any = {"part": processes.rank, "parts": processes.size}
+        return functools.partial(data.batch_at, **parts)
+    return lambda step: _share(data.batch_at(step), processes)
+
+
+def _share(batch: Any, processes: Processes) -> Any:
+    if processes.size == 1:
+        return batch
+    return Batch.of(batch).part(processes.rank, processes.size)
 
 
 def fit_inputs(batch: Batch, model: nn.Module) -> Batch:

@@ -27,7 +27,8 @@ def _loss(
 class ForwardLoss:
     """Computes a micro-batch's share of the loss: the only place where training runs the model.
 
-    `config` gives seed, determinism and compilation; "auto" is not compiled.
+    `config` gives seed, determinism and compilation; "auto" is not compiled. `wrapped` makes of
+    the forward one whose gradients are added up over several processes.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ForwardLoss:
         config: TrainingConfig,
         precision: Literal["float32", "bfloat16"],
         device: torch.device,
+        wrapped: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda forward: forward,
     ) -> None:
         def ending_in(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
             # A closure over these alone: nothing that varies by step is traced.
@@ -57,6 +59,7 @@ class ForwardLoss:
         elif config.compile == "layers":
             self._parts = compiler.CompiledParts(model, device)
             self._call = ending_in(compiler.compiled(_loss, device, "the loss"))
+        self._call = wrapped(self._call)
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of a forward and of its backward, which may run layers once more."""

@@ -1,10 +1,10 @@
 """The trainer: one step that is right, and the loop around it."""
 
+import contextlib
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from truestep import runtime
 from truestep.batch import Batch, check_token_ids
 from truestep.compiler import parts_of, resolve_compile
 from truestep.config import TrainingConfig
+from truestep.distributed import process
 from truestep.machine import accelerator_is_full
 from truestep.metrics import StepMetrics
 from truestep.observe.sinks import ConsoleSink, Sink
@@ -33,6 +34,7 @@ from truestep.training.guard import BufferGuard, UpdateGuard
 from truestep.training.optim import clear_gradients, clip_gradients, set_learning_rates, update
 from truestep.training.probe import ModelFacts, probe
 from truestep.training.readback import Readback
+from truestep.training.reduction import ExactReduction, Reduction, resolve_lanes
 from truestep.training.schedule import Schedule
 
 _NEVER = 2**62  # steps in a row: a single step halts nothing
@@ -79,8 +81,11 @@ class Trainer:
         self.config = resolve_settings(config, self.precision, self.device)
         self.optimizer = optimizer or build_optimizer(model, self.config)
         self.schedule = schedule or build_schedule(self.config)
+        self.processes = process.current()
+        self.reduction = Reduction(model, self.processes)  # `prepare` makes the one asked for
         self.companions = companions
-        self.sinks: list[Sink] = [ConsoleSink()] if sinks is None else list(sinks)
+        speaks = sinks is None and self.processes.rank == 0
+        self.sinks: list[Sink] = [ConsoleSink()] if speaks else list(sinks or ())
         self.runs_ahead = self.device.type != "cpu"  # `fit` reads a step while the next one runs
         self.step = 0
         self.stop_reason: str | None = None
@@ -103,8 +108,9 @@ class Trainer:
     def training_step(self, batch: Any) -> StepMetrics:
         """Update the parameters once from `batch`, log the loss, and return the step's metrics.
 
-        `batch` is anything that `Batch.of` takes. A loss or gradient that is not finite, and a
-        batch without a target, change nothing; `metrics.skipped` says so.
+        `batch` is anything that `Batch.of` takes; of several processes, each gives its own rows, as
+        `Batch.part` returns them. A loss or gradient that is not finite, and a batch without a
+        target, change nothing; `metrics.skipped` says so.
         """
         self._clock = time.perf_counter()
         return self._report(self._launch(batch))[0]
@@ -112,12 +118,13 @@ class Trainer:
     def _step(self, batch: Batch, buffers: list[Tensor]) -> _Launched:
         """Forward, loss, backward and update: the whole of training is here."""
         on_device = batch.to(self.device)
-        num_tokens = on_device.num_targets  # of the whole global batch
-        loss = torch.zeros((), device=self.device)
+        num_tokens = self.processes.sum(on_device.num_targets)  # of the whole global batch
         clear_gradients(self.model, self.optimizer)
         with self._micro_batches(on_device) as micro_batches:
-            for micro_batch in micro_batches:
-                loss = loss + self._forward_backward(micro_batch, num_tokens)
+            losses = [
+                self._forward_backward(micro_batch, num_tokens) for micro_batch in micro_batches
+            ]
+            loss = self.reduction.total(losses)  # over all processes, as the gradients are
             grad_norm = self._clip_gradients()  # measured even when clipping is off
             finite = loss.isfinite() & grad_norm.isfinite()
             learning_rate = set_learning_rates(self.optimizer, self.schedule, self.step)
@@ -151,8 +158,10 @@ class Trainer:
                     raise
                 self._buffers.restore(buffers)
                 clear_gradients(self.model, self.optimizer)
-                smaller = self.micro_batch_size(batch) // 2 if accelerator_is_full(error) else 0
-                if not smaller:
+                size = self.micro_batch_size(batch)
+                smaller = self.reduction.at_most(size // 2, len(self.reduction.lane(batch).tokens))
+                # The other processes are in the middle of this step.
+                if not smaller or self.processes.size > 1 or not accelerator_is_full(error):
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
             else:
@@ -183,7 +192,8 @@ class Trainer:
         self._end = end
         try:
             if self.step < end:
-                for batch in batches_from(data, self.step, resumed=resumed):
+                batches = batches_from(data, self.step, resumed=resumed, processes=self.processes)
+                for batch in batches:
                     self._in_flight.append(self._launch(batch))
                     self._land(1 if self.runs_ahead and not self._due(self.step) else 0)
                     if self.step >= end or self._stopping:
@@ -220,15 +230,22 @@ class Trainer:
         batch = fit_inputs(Batch.of(batch), self.model)
         self.facts = probe(self.model, batch)
         flops = self.facts.flops_per_token if self.facts else 0.0
-        run_flops = flops * batch.tokens.numel() * self.config.num_steps
+        rows = len(batch.tokens) * self.processes.size
+        run_flops = flops * rows * batch.tokens.shape[1] * self.config.num_steps
         compilation = resolve_compile(
             self.config.compile,
             self.device,
             run_flops,
             has_layers=bool(parts_of(self.model)),
         )
-        self.config = self.config.model_copy(update={"compile": compilation})
-        self._forward = ForwardLoss(self.model, self.config, self.precision, self.device)
+        lanes = resolve_lanes(self.config.lanes, rows)
+        resolved = {"compile": compilation, "lanes": lanes}
+        self.config = self.config.model_copy(update=resolved)
+        if self.config.reduction == "exact":
+            self.reduction = ExactReduction(self.model, self.processes, lanes)
+        self._forward = ForwardLoss(
+            self.model, self.config, self.precision, self.device, self.reduction.wrapped
+        )
 
     def token_losses(self, batch: Any) -> Tensor:
         """Return the loss [B, T] of each target, as the next step would compute it from `batch`.
@@ -275,13 +292,15 @@ class Trainer:
         assert self._forward is not None
         return self._forward
 
-    def _micro_batches(self, batch: Batch) -> AbstractContextManager[Iterable[Batch]]:
-        return self._prepared().micro_batches(batch, self.micro_batch_size(batch), self.step)
+    @contextlib.contextmanager
+    def _micro_batches(self, batch: Batch) -> Iterator[Iterable[Batch]]:
+        size = self.micro_batch_size(batch)
+        with self._prepared().micro_batches(batch, size, self.step) as micro_batches:
+            yield self.reduction.each(micro_batches, -(-len(batch.tokens) // size))
 
     def micro_batch_size(self, batch: Batch) -> int:
         """Return how many rows of a batch one backward pass takes."""
-        size, rows = self.config.micro_batch_size, len(batch.tokens)
-        return rows if size == "auto" else min(size, rows)
+        return self.reduction.micro_batch_size(len(batch.tokens), self.config.micro_batch_size)
 
     def _resize(self, batch: Batch, smaller: int) -> None:
         """Make micro-batches smaller from this step on, and say so."""
@@ -321,7 +340,7 @@ class Trainer:
             num_tokens=int(numbers["num_tokens"]),
             step_seconds=time.perf_counter() - self._clock,
             skipped=bool(numbers["skipped"]),
-            batch_hash=launched.batch.hash(),
+            batch_hash=self.processes.sum_of_hashes(launched.batch.hash()),
         )
         if metrics.num_tokens:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0

@@ -99,7 +99,10 @@ def build(
     trainer.prepare(first)
     size = trainer.config.micro_batch_size
     if trains:
-        size = micro_batch_that_fits(model, trainer.optimizer, first, trainer.precision, size)
+        lane = trainer.reduction.lane(first)
+        size = micro_batch_that_fits(model, trainer.optimizer, lane, trainer.precision, size)
+        if trainer.config.micro_batch_size == "auto":
+            size = trainer.reduction.at_most(size, len(lane.tokens))
     trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
     config = config.model_copy(
         update={

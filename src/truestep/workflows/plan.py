@@ -283,7 +283,8 @@ def _train_shortly(training: Training) -> None:
     """Train on two micro-batches, or all there are: gradients are there from the second on."""
     trainer = training.trainer
     batch = training.loader.batch_at(trainer.step)
-    trainer.training_step(next(batch.split(2 * trainer.micro_batch_size(batch))))
+    size = trainer.micro_batch_size(batch)
+    trainer.training_step(trainer.reduction.shortened(batch, size, 2))
 
 
 def write_config(path: Path, config: RunConfig) -> None:
