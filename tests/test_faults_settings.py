@@ -19,6 +19,7 @@ KEPT = [name for name, setting in SETTINGS.items() if setting.kept_on_resume]
 FREE = [name for name, setting in SETTINGS.items() if not setting.kept_on_resume]
 # Where the next value by type would break a rule between settings, or be no device at all.
 OTHERS = {
+    "training.lanes": 1,
     "model.width": 32,
     "model.num_heads": 4,
     "model.num_kv_heads": 1,
