@@ -58,7 +58,7 @@ class Reduction:
             return forward
         buffers = any(True for _ in self._model.buffers())
         self._parallel = DistributedDataParallel(
-            _Unit(self._model, forward), broadcast_buffers=buffers, gradient_as_bucket_view=True
+            _Unit(self._model, forward), forward_sync_buffers=buffers, gradient_as_bucket_view=True
         )
         self._parallel.register_comm_hook(None, self._exchange)
         return self._parallel

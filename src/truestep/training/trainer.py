@@ -158,10 +158,12 @@ class Trainer:
                     raise
                 self._buffers.restore(buffers)
                 clear_gradients(self.model, self.optimizer)
+                # Where there are other processes, they are in the middle of this step.
+                if self.processes.size > 1 or not accelerator_is_full(error):
+                    raise
                 size = self.micro_batch_size(batch)
                 smaller = self.reduction.at_most(size // 2, len(self.reduction.lane(batch).tokens))
-                # The other processes are in the middle of this step.
-                if not smaller or self.processes.size > 1 or not accelerator_is_full(error):
+                if not smaller:
                     raise
                 traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
             else:
