@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "mean of means over micro-batches",
-        "training/trainer.py",
+        "training/step.py",
         "self._forward_backward(micro_batch, num_tokens)",
         "self._forward_backward(micro_batch, micro_batch.num_targets * "
         "-(-len(batch.tokens) // self.micro_batch_size(batch)))",
@@ -46,7 +46,7 @@ MUTANTS = [
     ),
     Mutant(
         "mean of means over processes: each divides by its own count",
-        "training/trainer.py",
+        "training/step.py",
         "self.processes.sum(on_device.num_targets)",
         "on_device.num_targets * self.processes.size",
         ("test_parallel.py",),

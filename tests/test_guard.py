@@ -156,7 +156,7 @@ def test_a_diagnosis_that_fails_hides_nothing(bigram, windows, monkeypatch, runs
     def out_of_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr("truestep.training.trainer.diagnose", out_of_memory)
+    monkeypatch.setattr("truestep.training.step.diagnose", out_of_memory)
     trainer = Trainer(bigram(), plain_config(), sinks=[])
     trainer.runs_ahead = runs_ahead
     state = torch.get_rng_state()
