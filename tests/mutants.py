@@ -47,8 +47,9 @@ MUTANTS = [
     Mutant(
         "mean of means over processes: each divides by its own count",
         "training/step.py",
-        "self.processes.sum(on_device.num_targets)",
-        "on_device.num_targets * self.processes.size",
+        "self._exchange(batch, on_device.num_targets)",
+        "self._exchange(batch, on_device.num_targets) "
+        '| {"num_tokens": on_device.num_targets * self.processes.size}',
         ("test_parallel.py",),
     ),
     Mutant(
@@ -149,8 +150,8 @@ MUTANTS = [
     Mutant(
         "one update too many",
         "training/trainer.py",
-        "if self.step >= end or self._stopping:",
-        "if self.step > end or self._stopping:",
+        "if self.step >= end or self.stopping:",
+        "if self.step > end or self.stopping:",
         ("test_fit.py",),
     ),
     Mutant(

@@ -8,7 +8,7 @@ import torch
 from conftest import Bigram
 from ranks import together
 
-from truestep import Batch, Trainer, TrainingConfig
+from truestep import Batch, Trainer, TrainingConfig, every
 from truestep.distributed.process import ALONE, Processes, current
 from truestep.loss import IGNORE_INDEX
 from truestep.training.reduction import ExactReduction
@@ -146,6 +146,72 @@ def test_a_loss_that_is_not_finite_on_one_process_updates_none():
         (_, first), (_, second), (_, third) = states
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+
+
+class Stopping:
+    """Data in whose reading one process is told to stop."""
+
+    def __init__(self, rank):
+        self.rank, self.trainer = rank, None
+
+    def batch_at(self, step, *, part=0, parts=1):
+        if (step, part) == (2, self.rank):
+            self.trainer.stop("SIGTERM")
+        return Ragged().batch_at(step, part=part, parts=parts)
+
+
+def stopped(data, asks=None):
+    """Fit until one process asks to stop, in between or in a companion."""
+    torch.manual_seed(0)
+
+    def ask(trainer, metrics):
+        if (metrics.step, trainer.processes.rank) == (2, asks):
+            trainer.stop("enough")
+
+    trainer = Trainer(
+        Bigram(), TrainingConfig(**PLAIN), companions=[every(1, ask)], device="cpu", sinks=()
+    )
+    data.trainer = trainer
+    trainer.fit(data, num_steps=10)
+    first = trainer.step, trainer.stop_reason
+    trainer.fit(Ragged(), num_steps=10)
+    return first, (trainer.step, trainer.stop_reason)
+
+
+def test_one_process_that_is_told_to_stop_stops_all_at_one_step():
+    for size, rank in ((1, 0), (2, 1), (4, 2)):
+        asked = together(size, stopped, Stopping(rank)) if size > 1 else [stopped(Stopping(rank))]
+        reasons = ["SIGTERM" if place == rank else "another process" for place in range(size)]
+        assert asked == [((3, reason), (10, None)) for reason in reasons]
+
+
+def test_a_companion_of_one_process_stops_all_after_its_step():
+    for size, rank in ((1, 0), (2, 1)):
+        data = Stopping(None)
+        asked = together(size, stopped, data, rank) if size > 1 else [stopped(data, rank)]
+        reasons = ["enough" if place == rank else "another process" for place in range(size)]
+        assert asked == [((2, reason), (10, None)) for reason in reasons]
+
+
+def evaluated():
+    torch.manual_seed(0)
+    trainer = Trainer(Bigram(), TrainingConfig(**PLAIN), device="cpu", sinks=())
+    calls = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.prepare(ragged(0))
+    calls.clear()
+    lengths = torch.arange(1, 12)
+    result = trainer.evaluate((ragged(step) for step in range(7)), token_bytes=lengths)
+    return result, len(calls)
+
+
+def test_processes_share_an_evaluation_and_come_to_the_same_bits():
+    alone, calls = evaluated()
+    assert calls == 7
+    for size in (2, 4):
+        theirs = together(size, evaluated)
+        assert [result for result, _ in theirs] == [alone] * size
+        assert [calls for _, calls in theirs] == [len(range(r, 7, size)) for r in range(size)]
 
 
 def test_processes_that_have_not_met_are_refused():

@@ -127,7 +127,7 @@ class Batch:
             for array in rows:
                 digest.update(array[row].data)
             total += int.from_bytes(digest.digest(), "little")
-        return format(total % 2**64, "016x")
+        return hash_text(total)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; host memory that is pinned is copied asynchronously."""
@@ -159,6 +159,11 @@ class Batch:
         rows = slice(start, stop)
         inputs = {name: value[rows] for name, value in self.inputs.items()}
         return Batch(self.tokens[rows], self.targets[rows], inputs, self.index + start)
+
+
+def hash_text(total: int) -> str:
+    """Return a sum of hashes of rows as `Batch.hash` has it."""
+    return format(total % 2**64, "016x")
 
 
 def check_token_ids(batch: Batch, vocab_size: int) -> None:

@@ -27,13 +27,15 @@ class Processes:
         dist.all_reduce(total)
         return total
 
-    def sum_of_hashes(self, own: str | None) -> str | None:
-        """Return the hash of a global batch from those of the parts of each process."""
-        if own is None or self.size == 1:
-            return own
-        number = int(own, 16)
-        signed = torch.tensor(number - 2**64 if number >= 2**63 else number)
-        return format(int(self.sum(signed)) % 2**64, "016x")
+    def sums(self, first: Tensor, *others: int) -> tuple[Tensor, ...]:
+        """Return the sums of whole numbers over all processes, modulo 2**64, in one exchange.
+
+        Each is a 0-d tensor, on the device of `first`.
+        """
+        numbers = [(other + 2**63) % 2**64 - 2**63 for other in others]  # as int64 has them
+        return self.sum(
+            torch.stack([first, *(torch.full_like(first, n) for n in numbers)])
+        ).unbind()
 
     def sum_in_pairs(self, value: Tensor) -> None:
         """Add up a tensor over all processes in place, along one tree for any number of them.

@@ -1,6 +1,8 @@
 """Evaluation: the exact mean loss over all targets, leaving training as it was."""
 
+import functools
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from truestep.batch import Batch
+from truestep.distributed.process import ALONE, Processes
 from truestep.loss import IGNORE_INDEX, compute_loss
 from truestep.runtime import (
     EXCLUSIVE,
@@ -41,8 +44,11 @@ def evaluate(
     *,
     token_bytes: Int[Tensor, "V"] | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Return the loss of `model` over all batches, weighted by tokens, not by batches.
+
+    Several `processes`, each given all the batches, share the work and come to the same bits.
 
     `token_bytes[id]` is the number of bytes a token id stands for; without it there are no bits
     per byte. Modes of all modules and the default random generators are as before afterwards.
@@ -51,21 +57,28 @@ def evaluate(
     Errors: ValueError if no batch holds a target.
     """
     device = next(model.parameters()).device
-    total, num_tokens, num_bytes = 0.0, 0, 0
+    losses: list[float] = []  # of each batch, 0 for one that another process computes
+    num_tokens, num_bytes = 0, 0
     modes = module_modes(model, training=False)
     with EXCLUSIVE, modes, random_state_kept(device), torch.no_grad():
-        for given in batches:
+        for number, given in enumerate(batches):
             batch = fit_inputs(Batch.of(given), model)
             valid = batch.targets[batch.targets != IGNORE_INDEX]
             if token_bytes is not None:
                 num_bytes += int(token_bytes[valid.cpu()].sum())
             num_tokens += valid.numel()
+            losses.append(0.0)
+            if number % processes.size != processes.rank:
+                continue
             batch = batch.to(device)
             num_keys = batch.tokens.shape[1]
             with attention_kernels(precision, device, num_keys), computing(precision, device):
                 logits = logits_of(model(batch.tokens, **batch.inputs))
-            total += float(compute_loss(logits, batch.targets, num_tokens=1))
+            losses[-1] = float(compute_loss(logits, batch.targets, num_tokens=1))
     if not num_tokens:
         raise ValueError("nothing to evaluate: no batch holds a target; give more text")
+    if processes.size > 1:
+        losses = processes.sum(torch.tensor(losses, dtype=torch.float64, device=device)).tolist()
+    total = functools.reduce(operator.add, losses)  # not `sum`, which compensates since Python 3.12
     bits = total / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(total / num_tokens, num_tokens, bits)

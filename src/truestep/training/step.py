@@ -62,6 +62,7 @@ class Stepper:
         self.step = 0
         self.facts: ModelFacts | None = None  # what `prepare` learns from the first batch
         self.mid_update = False  # an exception left the state between two steps
+        self.stop_asked = False  # of this process
         self._forward: ForwardLoss | None = None  # `prepare` makes it
         self._guard = UpdateGuard(NEVER, 0, self.device)
         self._buffers = BufferGuard(model)
@@ -72,7 +73,8 @@ class Stepper:
     def _step(self, batch: Batch, buffers: list[Tensor]) -> Launched:
         """Forward, loss, backward and update: the whole of training is here."""
         on_device = batch.to(self.device)
-        num_tokens = self.processes.sum(on_device.num_targets)  # of the whole global batch
+        shared = self._exchange(batch, on_device.num_targets)
+        num_tokens = shared["num_tokens"]  # of the whole global batch
         clear_gradients(self.model, self.optimizer)
         with self._micro_batches(on_device) as micro_batches:
             losses = [
@@ -90,9 +92,7 @@ class Stepper:
         self.step += 1
         self._steps_taken += 1
         self.mid_update = False
-        numbers = Readback(
-            loss=loss, grad_norm=grad_norm, num_tokens=num_tokens, skipped=skipped, halted=halted
-        )
+        numbers = Readback(loss=loss, grad_norm=grad_norm, skipped=skipped, halted=halted, **shared)
         return Launched(self.step, batch, numbers, learning_rate)
 
     def prepare(self, batch: Any) -> None:
@@ -152,6 +152,15 @@ class Stepper:
     def _prepared(self) -> ForwardLoss:
         assert self._forward is not None
         return self._forward
+
+    def _exchange(self, batch: Batch, num_targets: Tensor) -> dict[str, Tensor]:
+        """Return what processes add up before a step: its targets and hash, and who has to stop."""
+        own = batch.hash()
+        sums = self.processes.sums(num_targets, self.stop_asked, int(own or "0", 16))
+        shared = dict(zip(("num_tokens", "stops", "batch_hash"), sums, strict=True))
+        if own is None:
+            del shared["batch_hash"]
+        return shared
 
     @contextlib.contextmanager
     def _micro_batches(self, batch: Batch) -> Iterator[Iterable[Batch]]:

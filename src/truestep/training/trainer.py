@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from truestep.batch import Batch
+from truestep.batch import Batch, hash_text
 from truestep.config import TrainingConfig
 from truestep.machine import accelerator_is_full
 from truestep.metrics import StepMetrics
@@ -61,7 +61,7 @@ class Trainer(Stepper):
         self.when_resized: Callable[[], object] = lambda: None
         self._in_flight: list[Launched] = []  # by `fit`, up to `_end`
         self._end = 0
-        self._stopping = False
+        self.stopping = False  # `fit` ends after this step: so all processes have agreed
         self._clock = 0.0  # when the time that the next record reports began
 
     def training_step(self, batch: Any) -> StepMetrics:
@@ -120,7 +120,7 @@ class Trainer(Stepper):
         if not isinstance(end, int) or end < 1:
             raise ValueError(f"num_steps={end} must be a whole number of updates, 1 or more")
         resumed = self.step != self._steps_taken
-        if not self._stopping:  # a signal may come before the first step
+        if not self.stop_asked:  # a signal may come before the first step
             self.stop_reason = None
         self._guard = UpdateGuard(self.config.max_skipped_steps, self.skipped_in_a_row, self.device)
         self._clock = time.perf_counter()
@@ -131,14 +131,15 @@ class Trainer(Stepper):
                 for batch in batches:
                     self._in_flight.append(self._launch(batch))
                     self._land(1 if self.runs_ahead and not self._due(self.step) else 0)
-                    if self.step >= end or self._stopping:
+                    if self.step >= end or self.stopping:
                         break
             self._land(0)
         except NonFiniteError:
             self._in_flight.clear()  # launched after it, and halted: these updated nothing
             raise
         finally:
-            self._guard, self._stopping = UpdateGuard(NEVER, 0, self.device), False
+            self._guard = UpdateGuard(NEVER, 0, self.device)
+            self.stop_asked = self.stopping = False
             left, self._in_flight = self._in_flight, []
             for launched in left:  # an exception came between: what was done is still logged
                 metrics, halted = self._report(launched)
@@ -147,13 +148,27 @@ class Trainer(Stepper):
                     break
 
     def stop(self, reason: str) -> None:
-        """End `fit` after the current step; `stop_reason` keeps the reason."""
-        self.stop_reason, self._stopping = reason, True
+        """End `fit` after the current step; `stop_reason` keeps the reason.
+
+        Of several processes one is enough. What it asks in a companion, all do after that step;
+        what it asks in between (in a signal's handler), after the step that they begin next.
+        """
+        self.stop_reason, self.stop_asked = reason, True
+        if self.processes.size == 1:
+            self.stopping = True
 
     def evaluate(self, batches: Iterable[Any], *, token_bytes: Tensor | None = None) -> Evaluation:
-        """Return the loss over all batches in this trainer's precision; training is untouched."""
-        checked = (self._checked(Batch.of(batch)) for batch in batches)
-        return evaluate(self.model, checked, token_bytes=token_bytes, precision=self.precision)
+        """Return the loss over all batches in this trainer's precision; training is untouched.
+
+        Several processes share the work: each has to ask, with the same batches.
+        """
+        return evaluate(
+            self.model,
+            (self._checked(Batch.of(batch)) for batch in batches),
+            token_bytes=token_bytes,
+            precision=self.precision,
+            processes=self.processes,
+        )
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record to every sink."""
@@ -189,13 +204,20 @@ class Trainer(Stepper):
             num_tokens=int(numbers["num_tokens"]),
             step_seconds=time.perf_counter() - self._clock,
             skipped=bool(numbers["skipped"]),
-            batch_hash=self.processes.sum_of_hashes(launched.batch.hash()),
+            batch_hash=hash_text(int(numbers["batch_hash"])) if "batch_hash" in numbers else None,
         )
         if metrics.num_tokens:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.skipped else 0
         self.log(metrics.as_record())
+        self._agree_to_stop(int(numbers["stops"]))
         self._clock = time.perf_counter()
         return metrics, bool(numbers["halted"])
+
+    def _agree_to_stop(self, asking: int) -> None:
+        """Stop after this step if any process asks; all are told the same number."""
+        if asking:
+            self.stopping = True
+            self.stop_reason = self.stop_reason or "another process"
 
     def _rewind(self, step: int) -> None:
         """Go back to the last step that counted: those launched after it changed nothing."""
@@ -219,7 +241,11 @@ class Trainer(Stepper):
         if halted:
             self._rewind(metrics.step - 1)
             raise NonFiniteError(metrics, launched.batch, self._diagnosed(launched.batch))
-        for companion in self.companions:
-            if metrics.step % companion.interval == 0 or metrics.step == self._end:
-                companion.function(self, metrics)
+        if self._due(metrics.step):
+            for companion in self.companions:
+                if metrics.step % companion.interval == 0 or metrics.step == self._end:
+                    companion.function(self, metrics)
+            if self.processes.size > 1:
+                none = torch.zeros((), dtype=torch.int64, device=self.device)
+                self._agree_to_stop(int(self.processes.sums(none, self.stop_asked)[1]))
         self._clock = time.perf_counter()  # what companions took is no part of a step

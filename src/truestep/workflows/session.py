@@ -139,7 +139,7 @@ class Session:
         """
         run, step = self.training.config.run, trainer.step
         last = step >= self.training.config.training.num_steps
-        stopping = trainer.stop_reason is not None
+        stopping = trainer.stopping
         if not stopping:
             result = self.evaluate(None if last else run.evaluation_windows)
             record: dict[str, Any] = {"step": step, "validation_loss": result.loss}
