@@ -61,7 +61,7 @@ def test_a_second_signal_leaves_at_once(found):
 
 DEAF = """
 import hashlib, sys
-from truestep.workflows.train import _stopped_by_signals
+from truestep.workflows.signals import stopped_by_signals
 
 class Trainer:
     stop_reason = None
@@ -70,7 +70,7 @@ class Trainer:
         self.stop_reason = reason
 
 trainer = Trainer()
-with _stopped_by_signals(trainer):
+with stopped_by_signals(trainer):
     print("ready", flush=True)
     # One call of some seconds, in which no handler of Python's can run.
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))

@@ -250,6 +250,9 @@ class RunSettings(Config):
     max_failed_saves: int = cosmetic(3, gt=0)
     """Saves that may fail in a row, with a report each, before the run ends."""
 
+    process_timeout_seconds: float = cosmetic(120.0, gt=0)
+    """How long one of several processes may be silent before the others end without it."""
+
     sample_prompt: str = cosmetic("")
     """Text that samples continue; empty: the start of a document."""
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from truestep.distributed import process
+
 _HEAP_BYTES = 256 * 2**20  # glibc's heap grows by so much at a time: runtime.keep_freed_memory
 
 
@@ -40,7 +42,10 @@ def device_name(device: torch.device) -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return how much memory the process may still take on a device; None where nobody says."""
+    """Return how much memory the process may still take on a device; None where nobody says.
+
+    Of several processes on this machine each has a share of what is free.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -54,6 +59,7 @@ def free_bytes(device: torch.device) -> int | None:
     except (ImportError, OSError):  # not Linux
         return None
     free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    free //= process.current().local_size
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         free = min(free, limit - pages * resource.getpagesize())

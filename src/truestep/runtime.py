@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from truestep.distributed import process
+
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -30,17 +32,25 @@ EXCLUSIVE = threading.RLock()
 def resolve_device(name: str) -> torch.device:
     """Return the device called `name`; auto is an accelerator if there is one, else the CPU.
 
+    Of several processes on this machine each has an accelerator of its own.
     Errors: ValueError for a device that this machine or this torch does not have.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
+        name = "cpu" if accelerator is None else accelerator.type
     try:
         device = torch.device(name)
     except RuntimeError:  # a message of thirty names
         raise ValueError(
             f"device={name} names no device; use cpu or auto, or cuda, cuda:0 or mps"
         ) from None
+    place = process.current()
+    if place.local_size > 1 and device.type != "cpu":
+        if device.index is not None:
+            raise ValueError(
+                f"device={name} cannot be shared by {place.local_size} processes; use {device.type}"
+            )
+        device = torch.device(device.type, place.local_rank)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -265,6 +275,7 @@ def tokenizers_on_one_thread() -> Iterator[None]:
 def configure_process(threads: int | Literal["auto"]) -> int:
     """Set this process up for training, for the command alone; return its number of threads."""
     keep_freed_memory()
-    if threads != "auto":
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
+    wanted = process.threads_of_one() if threads == "auto" else threads
+    if wanted != torch.get_num_threads():
+        torch.set_num_threads(wanted)
+    return wanted

@@ -29,16 +29,21 @@ def _run(arguments: Sequence[str] | None) -> int:
     return run(sys.argv[1:] if arguments is None else list(arguments))
 
 
-def say_when_interrupted(text: str) -> None:
-    """Add what to do next to what is said when a signal ends this command at once."""
+def say_when_interrupted(text: str | None) -> None:
+    """Add what to do next to what is said when a signal ends this command at once.
+
+    None: say nothing at all, in a process that leaves that to another.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, functools.partial(_leave, text=f"; {text}"))
+            said = None if text is None else f"; {text}"
+            signal.signal(number, functools.partial(_leave, text=said))
 
 
-def _leave(number: int, _: object, text: str = "") -> None:
+def _leave(number: int, _: object, text: str | None = "") -> None:
     storage = sys.modules.get("truestep.storage")
     if remove_unfinished := getattr(storage, "remove_unfinished", None):  # not while it is imported
         remove_unfinished()
-    os.write(2, f"error: interrupted{text}\n".encode("ascii", "backslashreplace"))
+    if text is not None:
+        os.write(2, f"error: interrupted{text}\n".encode("ascii", "backslashreplace"))
     os._exit(128 + number)

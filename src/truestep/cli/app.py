@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 from cyclopts import App, CycloptsError
 
@@ -23,6 +24,8 @@ _COMMANDS = {
     "replay": "Compute steps of a run once more and compare them bit for bit.",
 }
 USAGE, RUNTIME = 2, 1
+ARGUMENTS: ContextVar[tuple[str, ...]] = ContextVar("ARGUMENTS")
+"""What this program was called with."""
 
 
 def build_app() -> App:
@@ -41,6 +44,7 @@ def build_app() -> App:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
+    ARGUMENTS.set(tuple(arguments))
     app = build_app()
     try:
         with warnings.catch_warnings():
@@ -49,24 +53,24 @@ def run(arguments: Sequence[str]) -> int:
     except CycloptsError as error:
         from truestep.cli.options import explain_usage
 
-        return _fail(explain_usage(error).splitlines(), USAGE)
+        return fail(explain_usage(error).splitlines(), USAGE)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return RUNTIME
     except ConfigError as error:
-        return _fail([problem.text for problem in error.problems], USAGE)
+        return fail([problem.text for problem in error.problems], USAGE)
     except (ValueError, TypeError) as error:
-        return _fail(str(error), USAGE)
+        return fail(str(error), USAGE)
     except OSError as error:
         from truestep.storage import DISK_FULL, explain
 
         remedy = "; make room and try again" if error.errno in DISK_FULL else ""
-        return _fail(explain(error) + remedy, RUNTIME)
+        return fail(explain(error) + remedy, RUNTIME)
     except (RuntimeError, MemoryError) as error:
         from truestep.workflows.memory import explain_out_of_memory, is_out_of_memory
 
         text = explain_out_of_memory(error) if is_out_of_memory(error) else str(error)
-        return _fail(text, RUNTIME)
+        return fail(text, RUNTIME)
     return result if isinstance(result, int) else 0
 
 
@@ -75,7 +79,7 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {printable_line(str(message))}", file=sys.stderr)
 
 
-def _fail(message: str | list[str], code: int) -> int:
+def fail(message: str | list[str], code: int) -> int:
     """Print an error, or several, each as one line in which nothing is left to obey."""
     for line in [message] if isinstance(message, str) else message:
         print(f"error: {printable_line(line)}", file=sys.stderr)

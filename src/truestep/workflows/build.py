@@ -12,6 +12,7 @@ import torch
 
 import truestep
 from truestep import compiler, runtime
+from truestep.batch import Batch
 from truestep.config import GPTConfig, RunConfig
 from truestep.data.bpe import BytePairTokenizer
 from truestep.data.corpus import Say
@@ -19,6 +20,7 @@ from truestep.data.loader import WindowLoader
 from truestep.data.prepare import prepare_once
 from truestep.data.tokenizer import DEFINITION, ByteTokenizer, Tokenizer, find_tokenizer
 from truestep.data.tokens import PreparedData, open_prepared
+from truestep.distributed import process
 from truestep.gpus import GPU
 from truestep.machine import free_bytes, processor_name
 from truestep.model.gpt import GPT
@@ -66,9 +68,11 @@ def build(
 
     Its data is prepared once below `runs`, the directory of all runs; with the tokenizer of the
     `existing` run, if it goes on. Only what `trains` further is looked at for memory; of a `gpu`
-    that is not here, whether the model alone fits.
+    that is not here, whether the model alone fits. Of several processes the first one does what
+    the others then find done.
     Errors: ValueError or OSError of one line, for settings or a source that do not serve.
     """
+    place = process.current()
     _require_room_for_a_batch(config)
     threads = runtime.configure_process(config.run.threads)
     device = runtime.resolve_device(config.run.device)
@@ -77,14 +81,15 @@ def build(
     )
     will_compile = device.type == "cpu" and compilation != "off"
     with compiler.headers_ahead() if will_compile else contextlib.nullcontext():
-        data = open_data(config, runs, say, _own_tokenizer(existing, say) if existing else None)
+        own = _own_tokenizer(existing, say) if existing else None
+        data = place.first_of_all("data", lambda: open_data(config, runs, say, own))
     config = config.model_copy(
         update={
             "model": _with_vocabulary(config.model, data.tokenizer),
             "data": config.data.model_copy(update={"tokenizer": data.tokenizer.name}),
         }
     )
-    if trains:
+    if trains and place.rank == 0:
         _require_room_for_the_model(config, device, free_bytes(device))
     elif gpu is not None:
         _require_room_for_the_model(config, torch.device("cuda"), gpu.memory_bytes)
@@ -94,25 +99,33 @@ def build(
         batch_size=config.data.batch_size,
         seed=config.training.seed,
     )
-    first = loader.batch_at(0)
+    first = loader.batch_at(0, part=place.rank, parts=place.size)
     model, trainer = build_trainer(config)
     trainer.prepare(first)
-    size = trainer.config.micro_batch_size
     if trains:
-        lane = trainer.reduction.lane(first)
-        size = micro_batch_that_fits(model, trainer.optimizer, lane, trainer.precision, size)
-        if trainer.config.micro_batch_size == "auto":
-            size = trainer.reduction.at_most(size, len(lane.tokens))
-    trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
+        size = int(place.from_first("micro-batch", lambda: str(_rows_that_fit(trainer, first))))
+        trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
     config = config.model_copy(
         update={
             "training": trainer.config,
             "model": model.config,
             "data": config.data.model_copy(update=_absolute_paths(config)),
-            "run": config.run.model_copy(update={"device": str(device), "threads": threads}),
+            "run": config.run.model_copy(
+                update={
+                    "device": str(device) if place.local_size == 1 else device.type,
+                    "threads": threads,
+                }
+            ),
         }
     )
     return Training(config, data, loader, model, trainer, _facts(config, trainer, data))
+
+
+def _rows_that_fit(trainer: Trainer, batch: Batch) -> int:
+    """Return the micro-batch of a trainer's settings, as long as it fits into memory."""
+    asked, lane = trainer.config.micro_batch_size, trainer.reduction.lane(batch)
+    size = micro_batch_that_fits(trainer.model, trainer.optimizer, lane, trainer.precision, asked)
+    return trainer.reduction.at_most(size, len(lane.tokens)) if asked == "auto" else size
 
 
 def _require_room_for_a_batch(config: RunConfig) -> None:
@@ -253,7 +266,8 @@ def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {processor_name()}",
-        "device": str(trainer.device),
+        "device": config.run.device,
+        "processes": trainer.processes.size,
         "precision": trainer.precision,
         **data_facts(config.data.source, data),
         "train_tokens": len(data.train),

@@ -10,6 +10,7 @@ import torch
 
 from truestep.checkpoint.commit import Validation
 from truestep.checkpoint.writer import CheckpointWriter
+from truestep.data.corpus import Say
 from truestep.machine import measure_peak_flops
 from truestep.metrics import StepMetrics
 from truestep.observe.display import Display, open_display
@@ -35,23 +36,35 @@ class Session:
     """
 
     def __init__(self, directory: Path, training: Training, display: Display | None = None) -> None:
-        config, trainer = training.config, training.trainer
         self.training = training
         self._directory = directory
         self._validation: tuple[int, Validation] | None = None  # of that step
         self._stack = contextlib.ExitStack()
+        self.say: Say
+        self._open(display)
+        run = training.config.run
+        training.trainer.companions = [
+            every(run.evaluate_every, self.validate),
+            every(run.save_every, lambda *_: self._save()),
+        ]
+
+    def _open(self, display: Display | None) -> None:
+        """Open files and display, and give them to the trainer."""
+        directory, training = self._directory, self.training
+        config, trainer = training.config, training.trainer
         with contextlib.ExitStack() as stack:
             self.display = display or open_display(
                 config.training.num_steps,
                 every=config.run.log_every,
                 flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
-                peak_flops_per_second=measure_peak_flops(
+                peak_flops_per_second=trainer.processes.size
+                * measure_peak_flops(
                     trainer.device,
                     torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32,
                 ),
             )
             stack.callback(self.display.close)
-            say = self.display.say
+            say = self.say = self.display.say
             self._log = JsonlSink(directory / METRICS, from_step=trainer.step, say=say)
             stack.callback(self._log.close)
             self._samples = JsonlSink(
@@ -71,10 +84,6 @@ class Session:
             stack.callback(self._detach)
             self._stack = stack.pop_all()
         trainer.sinks = [self._log, self._writer, self.display, spikes]
-        trainer.companions = [
-            every(config.run.evaluate_every, self.validate),
-            every(config.run.save_every, lambda *_: self._save()),
-        ]
         trainer.when_resized = self._record_size
 
     def __enter__(self) -> "Session":
@@ -93,11 +102,19 @@ class Session:
 
     def catch_up(self) -> None:
         """Validate the step the run goes on from, where a signal cut its validation off."""
-        config, step = self.training.config, self.training.trainer.step
+        config, trainer = self.training.config, self.training.trainer
+        step = trainer.step
         due = step % config.run.evaluate_every == 0 or step == config.training.num_steps
-        records = (record for _, record in read_records(self._log.path))
-        if step and due and not any("validation_loss" in r and r["step"] == step for r in records):
-            self.validate(self.training.trainer)
+        if not step or not due:
+            return
+
+        def is_validated() -> bool:
+            records = (record for _, record in read_records(self._log.path))
+            return any("validation_loss" in r and r["step"] == step for r in records)
+
+        validated = trainer.processes.from_first("validated", lambda: str(is_validated()))
+        if validated == "False":
+            self.validate(trainer)
 
     def save(self) -> None:
         """Have the state of this step written, once more if a save of it under way fails."""
@@ -170,3 +187,23 @@ class Session:
         )
         self._samples.write({"step": step, "prompt": run.sample_prompt, "text": text})
         self.display.sample(step, run.sample_prompt, text)
+
+
+class Follower(Session):
+    """The session of a process that is not the first: it computes, and leaves writing to that."""
+
+    def _open(self, _: Display | None) -> None:
+        self.say = lambda _: None
+        self._stack.callback(self._detach)
+
+    def save(self) -> None:
+        """Do nothing."""
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+    def _save(self) -> None:
+        pass
+
+    def _write_sample(self, step: int) -> None:
+        pass

@@ -2,10 +2,7 @@
 
 import contextlib
 import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,8 @@ from truestep.checkpoint.state import load_checkpoint
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
 from truestep.data.loader import Prefetch
+from truestep.distributed import process
+from truestep.distributed.pulse import ProcessLostError, Pulse
 from truestep.observe.log import METRICS
 from truestep.observe.page import write_report
 from truestep.observe.plots import draw_plots
@@ -24,7 +23,6 @@ from truestep.observe.sinks import as_json
 from truestep.shell import command
 from truestep.storage import DISK_FULL, StorageError, explain
 from truestep.training.diagnosis import NonFiniteError
-from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training, build, require_same_data, say_what_changed
 from truestep.workflows.history import (
     count_skipped,
@@ -45,9 +43,8 @@ from truestep.workflows.run import (
     read_run_facts,
     write_run_files,
 )
-from truestep.workflows.session import Session
-
-_ONE_SIGNAL_SECONDS = 1.0  # the same signal again within these is the same wish, sent twice
+from truestep.workflows.session import Follower, Session
+from truestep.workflows.signals import stopped_by_signals
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,9 @@ def train(config: RunConfig, say: Say) -> Outcome:
     Nothing is written into its directory before data, model and first batch have proved good.
     Errors: ValueError or OSError of one line; NonFiniteError after the run was saved.
     """
-    check_new_run(config.run)
-    check_room(config, Path(config.run.directory))
+    if process.current().rank == 0:
+        check_new_run(config.run)
+        check_room(config, Path(config.run.directory))
     return _train(config, None, say)
 
 
@@ -78,7 +76,8 @@ def resume(
     Errors: ConfigError for settings that would change the trained bits and are not in `override`.
     """
     refuse_changes(saved_config(directory), config, override)
-    check_room(config, directory)
+    if process.current().rank == 0:
+        check_room(config, directory)
     return _train(config, directory, say)
 
 
@@ -86,15 +85,27 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
     """Train in an existing run's directory, or in a new one."""
     runs = existing.parent if existing else Path(config.run.directory)
     training = build(config, runs, say, existing)
-    trainer = training.trainer
-    with _stopped_by_signals(trainer), contextlib.ExitStack() as stack:
+    trainer, place = training.trainer, training.trainer.processes
+
+    def claimed() -> str:
         directory = existing or claim_directory(config.run, config.data.source)
+        place.remember("run", str(directory))
+        return str(directory)
+
+    with (
+        stopped_by_signals(trainer, speaks=place.rank == 0),
+        contextlib.ExitStack() as stack,
+    ):
+        directory = Path(place.from_first("directory", claimed))
         training = training.named(directory.name)
-        stack.enter_context(RunLock(directory))
+        if place.rank == 0:
+            stack.enter_context(RunLock(directory))
         if existing is not None:
             _go_on(training, directory, say)
-        write_run_files(directory, training.config, training.facts, training.data.tokenizer)
-        session = stack.enter_context(Session(directory, training))
+        if place.rank == 0:
+            write_run_files(directory, training.config, training.facts, training.data.tokenizer)
+        pulse = stack.enter_context(_pulse(training, directory))
+        session = stack.enter_context((Follower if place.rank else Session)(directory, training))
         pin_memory = trainer.device.type == "cuda"
         batches = stack.enter_context(Prefetch(training.loader, pin_memory=pin_memory))
         try:
@@ -102,18 +113,39 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
             with memory_explained(trainer, training.loader.batch_at(0), directory):
                 trainer.fit(batches)
         except Exception as error:
+            trainer.stop("an error")
+            theirs = pulse.explain() if isinstance(error, RuntimeError) else None
             _save_what_is_left(session, directory, error)
+            if theirs is not None:
+                raise ProcessLostError(_without_others(theirs, trainer.step, directory)) from error
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 remedy = f"make room, then go on with: {command('train', '--resume', directory)}"
                 raise StorageError(f"{error}; {remedy}") from None
             raise
         session.save()
         session.close()
-        if trainer.step:
+        if trainer.step and place.rank == 0:
             draw_plots(directory)
             write_report(directory)
     stopped = trainer.stop_reason if trainer.step < trainer.config.num_steps else None
     return Outcome(directory, trainer.step, stopped)
+
+
+def _pulse(training: Training, directory: Path) -> Pulse:
+    """Return what ends this process, as its main thread may never, when another is silent."""
+
+    def leave(text: str) -> None:
+        line = f"error: {_without_others(text, training.trainer.step, directory)}\n"
+        os.write(2, line.encode("ascii", "backslashreplace"))
+        os._exit(1)
+
+    timeout = training.config.run.process_timeout_seconds
+    return Pulse(training.trainer.processes, timeout, leave)
+
+
+def _without_others(what: str, step: int, directory: Path) -> str:
+    remedy = command("train", "--resume", directory)
+    return f"{what}; training ended at step {step}: go on with: {remedy}"
 
 
 def _save_what_is_left(session: Session, directory: Path, error: Exception) -> None:
@@ -121,10 +153,10 @@ def _save_what_is_left(session: Session, directory: Path, error: Exception) -> N
 
     Nothing is saved in the middle of an update.
     """
-    training, say = session.training, session.display.say
+    training, say = session.training, session.say
     trainer = training.trainer
     tasks: list[Callable[[], object]] = []
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, NonFiniteError) and trainer.processes.rank == 0:
         tasks.append(partial(_write_bundle, training, directory, error, say))
     if trainer.step and not trainer.mid_update:
         if all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters()):
@@ -143,10 +175,14 @@ def _save_what_is_left(session: Session, directory: Path, error: Exception) -> N
 
 def _write_bundle(training: Training, directory: Path, error: NonFiniteError, say: Say) -> None:
     """Write down a step that was not finite, so that it can be seen again."""
+    trainer, batch, diagnosis = training.trainer, error.batch, error.diagnosis
+    if trainer.processes.size > 1:  # whose batch it was, is not known yet
+        batch = training.loader.batch_at(trainer.step)
+        diagnosis = trainer.diagnose(batch)
     metrics = {name: as_json(value) for name, value in error.metrics.as_record().items()}
-    diagnosis = {**error.diagnosis.as_record(), "text": str(error.diagnosis)}
-    facts = {**training.saved_facts(), "metrics": metrics, "diagnosis": diagnosis}
-    bundle = save_bundle(training.trainer, error.batch, directory / BUNDLES, facts=facts)
+    told = {**diagnosis.as_record(), "text": str(diagnosis)}
+    facts = {**training.saved_facts(), "metrics": metrics, "diagnosis": told}
+    bundle = save_bundle(trainer, batch, directory / BUNDLES, facts=facts)
     say(f"{bundle} holds that step; see it again with:")
     say(f"  {command('replay', bundle)}")
 
@@ -155,14 +191,16 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
     """Load the newest good checkpoint; a run that was stopped before its first begins anew."""
     trainer, facts, checkpoints = training.trainer, training.facts, directory / CHECKPOINTS
     facts["started"] = read_run_facts(directory).get("started", facts["started"])
-    newest = newest_checkpoint(checkpoints, say)
-    if newest is not None:
-        saved = load_checkpoint(newest, trainer)
+    place = trainer.processes
+    found = place.from_first("checkpoint", lambda: str(newest_checkpoint(checkpoints, say) or ""))
+    if found:
+        saved = load_checkpoint(Path(found), trainer)
         require_same_data(saved, facts)
         say_what_changed(saved, facts, say)
-        record_changes(directory, trainer.step, saved_config(directory), training.config)
+        if place.rank == 0:
+            record_changes(directory, trainer.step, saved_config(directory), training.config)
         trainer.skipped_in_a_row = count_skipped(directory, trainer.step)
-        say(f"going on from {newest}")
+        say(f"going on from {found}")
         logged = logged_up_to(directory)
         if logged < trainer.step:
             say(
@@ -184,56 +222,5 @@ def _go_on(training: Training, directory: Path, say: Say) -> None:
             f"{directory} has no intact checkpoint left to go on from; start a new run, or "
             f"remove {checkpoints} to train this one again from its first step"
         )
-    else:  # it begins anew
+    elif place.rank == 0:  # it begins anew
         forget_changes(directory)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP end `fit` after its step; a second one leaves at once.
-
-    The same one twice within a second counts once: `timeout make train` sends it to the whole
-    process group, and make passes it on; a closed terminal and its shell both hang up.
-    """
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` has it
-        numbers.append(signal.SIGHUP)
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-
-    def stop(number: int, _: object) -> None:
-        if trainer.stop_reason is None:
-            trainer.stop(signal.Signals(number).name)
-            with contextlib.suppress(OSError):  # the terminal itself may be what has gone
-                os.write(
-                    2, b"\nstopping after this step; once more, a second later, leaves at once\n"
-                )
-
-    before = [signal.signal(number, stop) for number in numbers]
-    before_told = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    # Handlers wait for the main thread to come out of a long product; this thread does not.
-    leaving = threading.Thread(target=_leave_at_the_second, args=(heard, numbers), daemon=True)
-    leaving.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before_told)
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        os.write(told, bytes(1))  # no signal: the thread ends, whoever else has the pipe
-        leaving.join()
-        os.close(told)
-        os.close(heard)
-
-
-def _leave_at_the_second(heard: int, numbers: list[signal.Signals]) -> None:
-    """Read signals as they come, and leave at the second, unless it is the first one sent twice."""
-    first, since = None, 0.0
-    while number := os.read(heard, 1)[0]:
-        now = time.monotonic()
-        if number not in numbers:
-            continue
-        if first is None:
-            first, since = number, now
-        elif number != first or now - since > _ONE_SIGNAL_SECONDS:
-            os._exit(128 + number)
