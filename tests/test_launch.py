@@ -256,11 +256,17 @@ def test_an_end_is_explained_by_the_process_that_ended(monkeypatch):
         return pulse.Pulse(place, 60, print)
 
     @contextlib.contextmanager
+    def finished(place):
+        with pulse.Pulse(place, 60, print):
+            pass
+        yield
+
+    @contextlib.contextmanager
     def killed(_):
         yield
 
     assert explained(failing) == "process 1: a shard is damaged"
-    assert explained(living) is None
+    assert explained(living) is explained(finished) is None
     assert explained(killed) == "process 1 is gone: killed, or no longer to be reached"
 
 

@@ -160,8 +160,8 @@ class Stopping:
         return Ragged().batch_at(step, part=part, parts=parts)
 
 
-def stopped(data, asks=None):
-    """Fit until one process asks to stop, in between or in a companion."""
+def stopped(data, asks=None, inside=None):
+    """Fit until one process asks to stop, in between, in a companion or inside a step."""
     torch.manual_seed(0)
 
     def ask(trainer, metrics):
@@ -169,9 +169,19 @@ def stopped(data, asks=None):
             trainer.stop("enough")
 
     trainer = Trainer(
-        Bigram(), TrainingConfig(**PLAIN), companions=[every(1, ask)], device="cpu", sinks=()
+        Bigram(),
+        TrainingConfig(**PLAIN),
+        companions=[every(1 if asks is not None else 100, ask)],
+        device="cpu",
+        sinks=(),
     )
     data.trainer = trainer
+
+    def ask_inside(*_):
+        if (trainer.step, trainer.processes.rank) == (2, inside):
+            trainer.stop("SIGTERM")
+
+    trainer.model.register_forward_hook(ask_inside)
     trainer.fit(data, num_steps=10)
     first = trainer.step, trainer.stop_reason
     trainer.fit(Ragged(), num_steps=10)
@@ -183,6 +193,12 @@ def test_one_process_that_is_told_to_stop_stops_all_at_one_step():
         asked = together(size, stopped, Stopping(rank)) if size > 1 else [stopped(Stopping(rank))]
         reasons = ["SIGTERM" if place == rank else "another process" for place in range(size)]
         assert asked == [((3, reason), (10, None)) for reason in reasons]
+
+
+def test_a_wish_that_comes_too_late_for_a_step_stops_all_after_the_next():
+    for theirs in together(2, stopped, Stopping(None), None, 1):
+        assert theirs[0][0] == 4
+    assert stopped(Stopping(None), None, 0)[0] == (3, "SIGTERM")
 
 
 def test_a_companion_of_one_process_stops_all_after_its_step():
