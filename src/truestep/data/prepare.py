@@ -14,9 +14,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from truestep.data.bpe import BytePairs, BytePairTokenizer
-from truestep.data.corpus import CorpusError, Say
+from truestep.data.corpus import Say
+from truestep.data.documents import Document, Record
+from truestep.data.formats import CorpusError
 from truestep.data.shards import SHARD_TOKENS, write_split
-from truestep.data.survey import Hashed, Survey, take_survey
+from truestep.data.survey import Survey, changed, take_survey
 from truestep.data.tokenizer import DEFINITION, Tokenizer
 from truestep.data.tokens import (
     FORMAT,
@@ -38,15 +40,17 @@ def prepare(
     *,
     tokenizer: Tokenizer | BytePairs,
     validation: str = "auto",
+    text_field: str = "text",
     storage: Storage = LOCAL,
     shard_tokens: int = SHARD_TOKENS,
     say: Say = lambda _: None,
 ) -> PreparedData:
     """Write the token shards of `source` to the new directory `target` and open it.
 
-    With `validation="auto"` about a tenth is held out: whole files, chosen by the hash of their
-    content, or the last tenth of every file where no choice of files comes near a tenth (a single
-    file, or one that outweighs the others). Otherwise `validation` names the text to validate on.
+    With `validation="auto"` about a tenth is held out: whole documents, chosen by the hash of their
+    content, or the last tenth of every file where no choice comes near a tenth (a single text, or
+    one that outweighs the others). Otherwise `validation` names the text to validate on.
+    `text_field` names the text of a line of JSON, or the column of a table.
 
     Errors: CorpusError for a source that does not serve, StorageError or OSError for a target that
     cannot be written.
@@ -54,7 +58,7 @@ def prepare(
     if target.exists():
         raise StorageError(f"{target}: exists already; name a new directory or remove it")
     _check_writable(target, storage)
-    survey = take_survey(source, validation, tokenizer, say)
+    survey = take_survey(source, validation, tokenizer, say, text_field)
     return _write(
         survey,
         target,
@@ -72,6 +76,7 @@ def prepare_once(
     tokenizer: Tokenizer | BytePairs,
     learnt: BytePairTokenizer | None = None,
     validation: str = "auto",
+    text_field: str = "text",
     storage: Storage = LOCAL,
     shard_tokens: int = SHARD_TOKENS,
     say: Say = lambda _: None,
@@ -95,7 +100,7 @@ def prepare_once(
     stem = stem.strip(".-") or "text"
     if not any(cache.glob(f"{stem}-*")):
         _check_writable(cache / stem, storage)
-    survey = take_survey(source, validation, tokenizer, say)
+    survey = take_survey(source, validation, tokenizer, say, text_field)
     target = cache / f"{stem}-{survey.fingerprint[:12]}"
     if learnt is not None and not _is_prepared_with(learnt, target):
         # Beside what is learnt from this text now, maybe by another version of the library.
@@ -156,7 +161,10 @@ def _write(
 ) -> PreparedData:
     if isinstance(tokenizer, BytePairs):
         say(f"learning {tokenizer.vocab_size:,} byte pairs from the text to train on")
-        texts = (piece for member in survey.splits["train"] for piece in member.document.pieces())
+        members = survey.splits["train"]
+        texts = (
+            p for member in members for document, _ in member.documents() for p in document.pieces()
+        )
         asked, tokenizer = tokenizer.vocab_size, tokenizer.learn(texts)
         if tokenizer.vocab_size < asked:
             say(f"the text gives no more than {tokenizer.vocab_size:,} ids")
@@ -165,7 +173,11 @@ def _write(
             writer.write(DEFINITION, [tokenizer.definition])
         records: dict[str, SplitRecord] = {}
         for split, members in survey.splits.items():
-            documents = ((member.document.name, _encoded(member, tokenizer)) for member in members)
+            documents = (
+                (document.name, _encoded(document, sha256, tokenizer))
+                for member in members
+                for document, sha256 in member.documents()
+            )
             records[split] = write_split(writer, split, documents, tokenizer, shard_tokens)
             if records[split].num_tokens == 0:
                 raise CorpusError(f"source={survey.source!r} gives no text for the {split} split")
@@ -188,12 +200,12 @@ def _write(
     return open_prepared(target, tokenizer)
 
 
-def _encoded(member: Hashed, tokenizer: Tokenizer) -> Iterator[Int64[np.ndarray, "_"]]:
+def _encoded(
+    document: Document | Record, sha256: bytes, tokenizer: Tokenizer
+) -> Iterator[Int64[np.ndarray, "_"]]:
     """Yield the ids of a document, and make sure that it is the text that was hashed."""
     digest = hashlib.sha256()
-    for piece in member.document.pieces(digest.update):
+    for piece in document.pieces(digest.update):
         yield tokenizer.encode(piece)
-    if digest.hexdigest() != member.sha256:
-        raise CorpusError(
-            f"{str(member.document.path)!r} was changed while it was being prepared; prepare again"
-        )
+    if digest.digest() != sha256:
+        raise changed(document)

@@ -5,26 +5,58 @@ All of the text is read, a piece at a time, to hash it: that decides the split a
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from truestep.data.bpe import BytePairs
-from truestep.data.corpus import CorpusError, Document, Say, find_documents
+from truestep.data.corpus import Say, find_files
+from truestep.data.documents import Document, Record, TextFile
+from truestep.data.formats import CorpusError, DamagedError
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import is_prepared
 from truestep.observe.text import count
 
 _SPLITS = ("train", "validation")
-# A split by whole files that holds out less or more than this share of the text is no good.
+# A split by documents that holds out less or more than this share of the text is no good.
 _LEAST_SHARE, _MOST_SHARE = 0.04, 0.25
+
+ROW = np.dtype([("number", "<u8"), ("num_bytes", "<u8"), ("sha256", "u1", 32)])
+"""A document as it was when it was first read; many are one array, of 48 bytes each."""
+
+Choice = Callable[[np.ndarray], np.ndarray]
+"""Says of an array of ROW which documents are meant."""
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """A document as it was when it was first read."""
+    """Documents of one file, as they were when they were first read: an array of ROW."""
 
-    document: Document
-    sha256: str
-    num_bytes: int
+    file: TextFile
+    rows: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all their text."""
+        return int(self.rows["num_bytes"].sum())
+
+    def documents(self) -> Iterator[tuple[Document | Record, bytes]]:
+        """Yield each document, and the sha256 that it had. Errors: CorpusError for one missing."""
+        hashes = (row.tobytes() for row in self.rows["sha256"])
+        for document in self.file.documents(map(int, self.rows["number"])):
+            yield document, next(hashes)
+        if next(hashes, None) is not None:
+            raise changed(self.file)
+
+    def those(self, mask: np.ndarray) -> "list[Hashed]":
+        """Return those documents that the mask says, in a list; nothing for none."""
+        return [Hashed(self.file, self.rows[mask])] if mask.any() else []
+
+
+def changed(file: TextFile | Record) -> CorpusError:
+    """Return the error about a file that is not what it was."""
+    return CorpusError(f"{str(file.path)!r} was changed while it was being prepared; prepare again")
 
 
 @dataclass(frozen=True)
@@ -36,56 +68,66 @@ class Survey:
     fingerprint: str
 
 
-def take_survey(source: str, validation: str, tokenizer: Tokenizer | BytePairs, say: Say) -> Survey:
+def take_survey(
+    source: str, validation: str, tokenizer: Tokenizer | BytePairs, say: Say, field: str = "text"
+) -> Survey:
     """Read all of a source and decide what becomes of it.
 
     Errors: CorpusError for a source, or a validation, without text or that is prepared already.
     """
     if is_prepared(source):
         raise CorpusError(f"source={source!r} is already prepared; give the text it came from")
-    documents = _hash_all("source", source, say)
+    members = _hash_all("source", source, field, say)
     if validation == "auto":
-        train, held_out = _split(source, documents, say)
+        train, held_out = _split(source, members, say)
     else:
-        held_out = _hash_all("validation", validation, say)
-        hashes = {document.sha256 for document in held_out}
-        train = [document for document in documents if document.sha256 not in hashes]
+        held_out = _hash_all("validation", validation, field, say)
+        train, _ = _divide(members, _among(np.concatenate([m.rows for m in held_out])))
         if not train:
             raise CorpusError(f"validation={validation!r} has all the text of source={source!r}")
-        if len(train) < len(documents):
-            left_out = count(len(documents) - len(train), "file")
-            say(f"left out {left_out} found in {validation}, too")
+        if left_out := _num_documents(members) - _num_documents(train):
+            say(f"left out {count(left_out, _noun(members))} found in {validation}, too")
     splits = dict(zip(_SPLITS, (train, held_out), strict=True))
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for split, members in splits.items():
-        for member in members:
-            entry = [split, member.document.form, member.document.name, member.sha256]
+    for split, parts in splits.items():
+        for member in parts:
+            entry = [split, member.file.form, member.file.name, _hash_of(member)]
             digest.update(json.dumps(entry).encode() + b"\n")
     return Survey(source, splits, digest.hexdigest())
 
 
-def readable_documents(source: str, say: Say) -> list[Document]:
-    """Return the documents of a source that are text, and not empty; `say` is told of the others.
+def readable_documents(source: str, say: Say, field: str) -> Iterator[Document | Record]:
+    """Yield the documents of a source that are text, and not empty; `say` is told of the others.
 
     Errors: CorpusError for a source without text.
     """
-    return [member.document for member in _hash_all("source", source, say)]
+    for member in _hash_all("source", source, field, say):
+        yield from (document for document, _ in member.documents())
 
 
-def _hash_all(field: str, source: str, say: Say) -> list[Hashed]:
+def _hash_of(member: Hashed) -> str:
+    """Return what the fingerprint knows a file by: its text, or numbers, sizes and hashes of it."""
+    if isinstance(member.file, Document):
+        return bytes(member.rows["sha256"][0]).hex()
+    return hashlib.sha256(member.rows.tobytes()).hexdigest()
+
+
+def _hash_all(field: str, source: str, text_field: str, say: Say) -> list[Hashed]:
     """Read all of a source and return the documents that are text, and not empty."""
     hashed, problems = [], []
     try:
-        documents = find_documents(source, say)
+        files = find_files(source, text_field, say)
+        for file in files:
+            try:
+                member = hash_file(file)
+            except DamagedError:
+                raise
+            except CorpusError as error:
+                problems.append(error)
+            else:
+                hashed += [member] if member.rows.size else []
     except CorpusError as error:
         raise CorpusError(f"{field}: {error}") from None
-    for document in documents:
-        try:
-            member = _hash(document)
-        except CorpusError as error:
-            problems.append(error)
-        else:
-            hashed += [member] if member.num_bytes else []
     if not hashed:
         reason = problems[0] if problems else f"{source!r} has no text in it"
         raise CorpusError(f"{field}: {reason}")
@@ -94,53 +136,100 @@ def _hash_all(field: str, source: str, say: Say) -> list[Hashed]:
     return hashed
 
 
-def _hash(document: Document) -> Hashed:
-    digest, num_bytes = hashlib.sha256(), 0
-    for piece in document.source_pieces():
-        data = piece.encode()
-        digest.update(data)
-        num_bytes += len(data)
-    return Hashed(document, digest.hexdigest(), num_bytes)
+def hash_file(file: TextFile) -> Hashed:
+    """Read a file and return what documents it has; empty ones do not count.
+
+    Errors: CorpusError for a file that is not text.
+    """
+    rows = np.fromiter(_rows(file), dtype=ROW)
+    return Hashed(file, rows[rows["num_bytes"] > 0])
 
 
-def _split(source: str, documents: list[Hashed], say: Say) -> tuple[list[Hashed], list[Hashed]]:
-    """Hold out about a tenth, of the files if they can be divided so, else of every file."""
-    total = sum(member.num_bytes for member in documents)
-    for chosen in (_hashes_of_a_tenth(documents), _hashes_of_a_tenth_by_size(documents, total)):
-        held_out = [member for member in documents if member.sha256 in chosen]
+def _rows(file: TextFile) -> Iterator[tuple[int, int, np.ndarray]]:
+    for document in file.documents():
+        digest, num_bytes = hashlib.sha256(), 0
+        for piece in document.source_pieces():
+            data = piece.encode()
+            digest.update(data)
+            num_bytes += len(data)
+        yield document.number, num_bytes, np.frombuffer(digest.digest(), dtype=np.uint8)
+
+
+def _split(source: str, members: list[Hashed], say: Say) -> tuple[list[Hashed], list[Hashed]]:
+    """Hold out about a tenth, of the documents if they can be divided so, else of every file."""
+    total = sum(member.num_bytes for member in members)
+    for chosen in _choices(members, total):
+        train, held_out = _divide(members, chosen)
         share = sum(member.num_bytes for member in held_out) / total
         if _LEAST_SHARE <= share <= _MOST_SHARE:
-            files = count(len(documents), "file")
-            say(f"validation: {len(held_out):,} of {files}, {share:.1%} of the text")
-            return [member for member in documents if member.sha256 not in chosen], held_out
-    return _cut_tails(source, documents, say)
+            documents = count(_num_documents(members), _noun(members))
+            say(f"validation: {_num_documents(held_out):,} of {documents}, {share:.1%} of the text")
+            return train, held_out
+    return _cut_tails(source, members, say)
 
 
-def _hashes_of_a_tenth(documents: list[Hashed]) -> set[str]:
-    """Return the smallest hashes of content: no file moves because others come, go or move."""
-    return {m.sha256 for m in documents if int(m.sha256[:8], 16) < 2**32 // 10}
+def _choices(members: list[Hashed], total: int) -> Iterator[Choice]:
+    yield _in_a_tenth
+    yield _among(_a_tenth_by_size(members, total))
 
 
-def _hashes_of_a_tenth_by_size(documents: list[Hashed], total: int) -> set[str]:
-    """Return the smallest hashes that together have a tenth of the text: for few files."""
-    chosen, size = set(), 0
-    for member in sorted(documents, key=lambda member: member.sha256):
-        if size < total / 10 and size + member.num_bytes <= _MOST_SHARE * total:
-            chosen.add(member.sha256)
-            size += member.num_bytes
-    return chosen
+def _divide(members: Iterable[Hashed], chosen: Choice) -> tuple[list[Hashed], list[Hashed]]:
+    """Return the documents that are not chosen, and those that are."""
+    others, those = [], []
+    for member in members:
+        mask = chosen(member.rows)
+        others += member.those(~mask)
+        those += member.those(mask)
+    return others, those
 
 
-def _cut_tails(source: str, documents: list[Hashed], say: Say) -> tuple[list[Hashed], list[Hashed]]:
+def _in_a_tenth(rows: np.ndarray) -> np.ndarray:
+    """Choose the smallest hashes of content: no document moves because others come, go or move."""
+    heads = np.ascontiguousarray(rows["sha256"][:, :4]).view(">u4").ravel()
+    return np.asarray(heads < 2**32 // 10)
+
+
+def _a_tenth_by_size(members: list[Hashed], total: int) -> np.ndarray:
+    """Return the smallest hashes that together have a tenth of the text: for few documents."""
+    rows = np.concatenate([member.rows for member in members])
+    rows = rows[np.argsort(_keys(rows), kind="stable")]
+    chosen, size = np.zeros(len(rows), dtype=bool), 0
+    for place, num_bytes in enumerate(rows["num_bytes"].tolist()):
+        if size < total / 10 and size + num_bytes <= _MOST_SHARE * total:
+            chosen[place] = True
+            size += num_bytes
+    return rows[chosen]
+
+
+def _among(rows: np.ndarray) -> Choice:
+    """Choose the documents that have the content of one of these."""
+    known = frozenset(_keys(rows).tolist())
+    return lambda others: np.array([key in known for key in _keys(others).tolist()], dtype=bool)
+
+
+def _keys(rows: np.ndarray) -> np.ndarray:
+    """Return the hashes as strings of 32 bytes, which compare as the numbers do."""
+    return np.array(np.ascontiguousarray(rows["sha256"]).view("S32").ravel())
+
+
+def _num_documents(members: Iterable[Hashed]) -> int:
+    return sum(len(member.rows) for member in members)
+
+
+def _noun(members: Iterable[Hashed]) -> str:
+    return "file" if all(isinstance(m.file, Document) for m in members) else "document"
+
+
+def _cut_tails(source: str, members: list[Hashed], say: Say) -> tuple[list[Hashed], list[Hashed]]:
     train, held_out = [], []
-    for member in documents:
-        parts = member.document.cut_tail()
-        train.append(_hash(parts[0]) if parts else member)
-        held_out += [_hash(parts[1])] if parts else []
+    for member in members:
+        parts = member.file.cut_tail() if isinstance(member.file, Document) else None
+        train.append(hash_file(parts[0]) if parts else member)
+        held_out += [hash_file(parts[1])] if parts else []
     if not held_out:
         raise CorpusError(
             f"source={source!r} is too short to hold out a tenth for validation; give more text, "
             "or name a validation file"
         )
-    say(f"validation: the last tenth of {'the file' if len(documents) == 1 else 'every file'}")
+    say(f"validation: the last tenth of {'the file' if len(members) == 1 else 'every file'}")
     return train, held_out
