@@ -1,7 +1,7 @@
 """`truestep prepare`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +14,7 @@ def prepare(
     validation: str = "auto",
     tokenizer: str = "bytes",
     text_field: str = "text",
+    workers: int | Literal["auto"] = "auto",
 ) -> None:
     """Turn text into a directory of token shards.
 
@@ -31,6 +32,9 @@ def prepare(
         bytes, or bpe-N for N byte pairs learnt from the text to train on.
     text_field
         What holds the text in a line of .jsonl, or the column of .parquet.
+    workers
+        Processes that share the files; auto: one for each core this process may use. What is
+        written is the same for any number.
 
     """
     from truestep.cli.options import say
@@ -45,6 +49,7 @@ def prepare(
         tokenizer=find_tokenizer(tokenizer),
         validation=validation,
         text_field=text_field,
+        workers=workers,
         say=say,
     )
     say(f"{count(len(data.train), 'token')} to train on, {len(data.validation):,} to validate on")

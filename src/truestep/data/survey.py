@@ -6,6 +6,7 @@ All of the text is read, a piece at a time, to hash it: that decides the split a
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,10 @@ import numpy as np
 from truestep.data.bpe import BytePairs
 from truestep.data.corpus import Say, find_files
 from truestep.data.documents import Document, Record, TextFile
-from truestep.data.formats import CorpusError, DamagedError
+from truestep.data.formats import CorpusError, DamagedError, is_compressed
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import is_prepared
+from truestep.data.workers import Report
 from truestep.observe.text import count
 
 _SPLITS = ("train", "validation")
@@ -60,6 +62,17 @@ def changed(file: TextFile | Record) -> CorpusError:
 
 
 @dataclass(frozen=True)
+class HashedFiles:
+    """The documents of files, and why others are no text."""
+
+    members: list[Hashed]
+    problems: list[str]
+
+
+Hashing = Callable[[str, list[TextFile]], HashedFiles]
+
+
+@dataclass(frozen=True)
 class Survey:
     """What is going to be written."""
 
@@ -68,20 +81,44 @@ class Survey:
     fingerprint: str
 
 
-def take_survey(
-    source: str, validation: str, tokenizer: Tokenizer | BytePairs, say: Say, field: str = "text"
-) -> Survey:
-    """Read all of a source and decide what becomes of it.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source, and of a text to validate on if one was named."""
 
-    Errors: CorpusError for a source, or a validation, without text or that is prepared already.
+    source: str
+    validation: str
+    files: list[TextFile]
+    held_out: list[TextFile] | None
+
+
+def list_files(source: str, validation: str, say: Say, field: str = "text") -> Listing:
+    """Find the files of a source, and of `validation` unless that is auto; none is read.
+
+    Errors: CorpusError for a source, or a validation, without files or that is prepared already.
     """
     if is_prepared(source):
         raise CorpusError(f"source={source!r} is already prepared; give the text it came from")
-    members = _hash_all("source", source, field, say)
-    if validation == "auto":
+    with _field_named("source"):
+        files = find_files(source, field, say)
+    with _field_named("validation"):
+        held_out = None if validation == "auto" else find_files(validation, field, say)
+    return Listing(source, validation, files, held_out)
+
+
+def take_survey(
+    listing: Listing, tokenizer: Tokenizer | BytePairs, say: Say, hashing: Hashing | None = None
+) -> Survey:
+    """Read all files and decide what becomes of them; `hashing` does so in place of this process.
+
+    Errors: CorpusError for a source, or a validation, without text.
+    """
+    source, validation = listing.source, listing.validation
+    hashing = hashing or (lambda _, files: hash_files(files))
+    members = _hash_all("source", source, listing.files, hashing, say)
+    if listing.held_out is None:
         train, held_out = _split(source, members, say)
     else:
-        held_out = _hash_all("validation", validation, field, say)
+        held_out = _hash_all("validation", validation, listing.held_out, hashing, say)
         train, _ = _divide(members, _among(np.concatenate([m.rows for m in held_out])))
         if not train:
             raise CorpusError(f"validation={validation!r} has all the text of source={source!r}")
@@ -101,7 +138,8 @@ def readable_documents(source: str, say: Say, field: str) -> Iterator[Document |
 
     Errors: CorpusError for a source without text.
     """
-    for member in _hash_all("source", source, field, say):
+    listing = list_files(source, "auto", say, field)
+    for member in _hash_all("source", source, listing.files, lambda _, f: hash_files(f), say):
         yield from (document for document, _ in member.documents())
 
 
@@ -112,47 +150,70 @@ def _hash_of(member: Hashed) -> str:
     return hashlib.sha256(member.rows.tobytes()).hexdigest()
 
 
-def _hash_all(field: str, source: str, text_field: str, say: Say) -> list[Hashed]:
-    """Read all of a source and return the documents that are text, and not empty."""
-    hashed, problems = [], []
+@contextmanager
+def _field_named(field: str) -> Iterator[None]:
     try:
-        files = find_files(source, text_field, say)
-        for file in files:
-            try:
-                member = hash_file(file)
-            except DamagedError:
-                raise
-            except CorpusError as error:
-                problems.append(error)
-            else:
-                hashed += [member] if member.rows.size else []
+        yield
     except CorpusError as error:
         raise CorpusError(f"{field}: {error}") from None
-    if not hashed:
-        reason = problems[0] if problems else f"{source!r} has no text in it"
-        raise CorpusError(f"{field}: {reason}")
-    if problems:
+
+
+def _hash_all(
+    field: str, source: str, files: list[TextFile], hashing: Hashing, say: Say
+) -> list[Hashed]:
+    """Read all files and return the documents that are text, and not empty."""
+    with _field_named(field):
+        found = hashing(field, files)
+        if not found.members:
+            text = f"{source!r} has no text in it"
+            raise CorpusError(found.problems[0] if found.problems else text)
+    if problems := found.problems:
         say(f"{source}: skipped {count(len(problems), 'file')}, not UTF-8 text: {problems[0]}")
-    return hashed
+    return found.members
 
 
-def hash_file(file: TextFile) -> Hashed:
+def hash_files(files: Iterable[TextFile], report: Report = lambda _: None) -> HashedFiles:
+    """Read files and return the documents that are text, and not empty.
+
+    `report` is told of bytes as they are read. Errors: DamagedError.
+    """
+    members: list[Hashed] = []
+    problems: list[str] = []
+    for file in files:
+        try:
+            member = hash_file(file, report)
+        except DamagedError:
+            raise
+        except CorpusError as error:
+            problems.append(str(error))
+        else:
+            members += [member] if member.rows.size else []
+    return HashedFiles(members, problems)
+
+
+def hash_file(file: TextFile, report: Report = lambda _: None) -> Hashed:
     """Read a file and return what documents it has; empty ones do not count.
 
     Errors: CorpusError for a file that is not text.
     """
-    rows = np.fromiter(_rows(file), dtype=ROW)
+    rows = np.fromiter(_rows(file, report), dtype=ROW)
     return Hashed(file, rows[rows["num_bytes"] > 0])
 
 
-def _rows(file: TextFile) -> Iterator[tuple[int, int, np.ndarray]]:
+def _rows(file: TextFile, report: Report) -> Iterator[tuple[int, int, np.ndarray]]:
+    grows = is_compressed(file.path) or file.form in {"parquet", "arrow"}
+    reported, size = 0, file.path.stat().st_size
     for document in file.documents():
         digest, num_bytes = hashlib.sha256(), 0
         for piece in document.source_pieces():
             data = piece.encode()
             digest.update(data)
             num_bytes += len(data)
+            if not grows:  # where stored bytes are few, they are told at the end
+                reported += len(data)
+                report(len(data))
         yield document.number, num_bytes, np.frombuffer(digest.digest(), dtype=np.uint8)
+    report(size - reported)
 
 
 def _split(source: str, members: list[Hashed], say: Say) -> tuple[list[Hashed], list[Hashed]]:
