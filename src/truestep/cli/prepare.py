@@ -23,7 +23,8 @@ def prepare(
     source
         A file of text (.txt and the like, .jsonl, .parquet; .gz and .zst of text and .jsonl), a
         directory of them, a pattern as 'data/**/*.jsonl.gz', or a built-in corpus: stdlib,
-        torch-src, docstrings. A line of .jsonl and a row of .parquet are a document each.
+        torch-src, docstrings; hf:NAME[:CONFIG][:SPLIT] or a directory of save_to_disk, of the
+        library datasets. A line of .jsonl and a row of .parquet are a document each.
     out
         The directory to write; it must not exist.
     validation

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from truestep.data import hugging_face
 from truestep.data.documents import Document, RecordFile, TextFile
 from truestep.data.formats import CorpusError, inner_suffix, is_compressed, record_form
 from truestep.observe.text import count
@@ -47,8 +48,9 @@ def find_files(source: str, field: str = "text", say: Say = lambda _: None) -> l
     there are none, those of many documents and compressed ones; hidden ones are skipped, and links
     to directories are not followed. A pattern, as `data/**/*.jsonl.gz`, takes whatever it matches.
     A path that exists wins over a pattern and a built-in name. `field` names the text of a line of
-    JSON, or the column of a table. `say` is told what was found and what was skipped. Nothing is
-    read yet.
+    JSON, or the column of a table. Datasets of the library `datasets` are `hf:NAME:SPLIT`, or a
+    directory that `save_to_disk` wrote. `say` is told what was found and what was skipped. No text
+    is read yet.
 
     Errors: CorpusError naming the source and what is wrong with it.
     """
@@ -57,12 +59,16 @@ def find_files(source: str, field: str = "text", say: Say = lambda _: None) -> l
             raise CorpusError(f"{source!r} is empty; give a file with text")
         return [_text_file(Path(source).name, Path(source), field)]
     if os.path.isdir(source):
+        if hugging_face.is_saved(source):
+            return list(hugging_face.saved_files(source, field))
         return _files_below(
             source, {"": Path(source)}, _TEXT_SUFFIXES, frozenset(), field=field, say=say
         )
     if source not in BUILT_IN:
         if os.path.lexists(source):
             raise CorpusError(f"{source!r} {_oddity(source)}")
+        if source.startswith(hugging_face.PREFIX):
+            return list(hugging_face.named_files(source, field))
         if is_pattern(source):
             return _files_of_pattern(source, field, say)
         raise CorpusError(

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,10 +75,18 @@ def skip(stream: BinaryIO, num_bytes: int) -> None:
         num_bytes -= len(data)
 
 
+def stat_of(path: Path) -> os.stat_result:
+    """Return what the file system knows of a file. Errors: CorpusError where it is not there."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise CorpusError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+
+
 def size_of(path: Path) -> int:
     """Return how many bytes a file has when it is decompressed. Errors: as for `open_bytes`."""
     if not is_compressed(path):
-        return path.stat().st_size
+        return stat_of(path).st_size
     with open_bytes(path) as stream:
         return sum(len(data) for data in iter(lambda: stream.read(2**20), b""))
 

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 
 from truestep.data.corpus import Say
 from truestep.data.documents import Document, Record, TextFile
+from truestep.data.formats import stat_of
 from truestep.data.progress import Progress
 from truestep.data.shards import write_split
 from truestep.data.survey import ROW, Hashed, HashedFiles, changed, hash_files
@@ -56,7 +57,7 @@ class Workshop:
 
         Errors: DamagedError for a file that must not be skipped.
         """
-        sizes = [file.path.stat().st_size for file in files]
+        sizes = [stat_of(file.path).st_size for file in files]
         parts = self._parts(f"hashes-{what}", files, sizes)
         jobs = [partial(_save_hashes, part.items, part.path, self.storage) for part in parts]
         self._do("reading", jobs, parts)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from truestep.data.bpe import BytePairs, BytePairTokenizer
 from truestep.data.corpus import Say
-from truestep.data.formats import CorpusError
+from truestep.data.formats import CorpusError, stat_of
 from truestep.data.parts import PART_BYTES, Workshop, join_parts
 from truestep.data.shards import SHARD_TOKENS
 from truestep.data.survey import Survey, list_files, take_survey
@@ -66,7 +66,7 @@ def prepare(
     listing = list_files(source, validation, say, text_field)
     files = [*listing.files, *(listing.held_out or [])]
     with ExitStack() as stack:
-        if sum(file.path.stat().st_size for file in files) < part_bytes:
+        if sum(stat_of(file.path).st_size for file in files) < part_bytes:
             place = stack.enter_context(fresh_place(target, storage))
         else:
             job = {

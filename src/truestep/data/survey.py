@@ -14,7 +14,7 @@ import numpy as np
 from truestep.data.bpe import BytePairs
 from truestep.data.corpus import Say, find_files
 from truestep.data.documents import Document, Record, TextFile
-from truestep.data.formats import CorpusError, DamagedError, is_compressed
+from truestep.data.formats import CorpusError, DamagedError, is_compressed, stat_of
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import is_prepared
 from truestep.data.workers import Report
@@ -202,7 +202,7 @@ def hash_file(file: TextFile, report: Report = lambda _: None) -> Hashed:
 
 def _rows(file: TextFile, report: Report) -> Iterator[tuple[int, int, np.ndarray]]:
     grows = is_compressed(file.path) or file.form in {"parquet", "arrow"}
-    reported, size = 0, file.path.stat().st_size
+    reported, size = 0, stat_of(file.path).st_size
     for document in file.documents():
         digest, num_bytes = hashlib.sha256(), 0
         for piece in document.source_pieces():

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from truestep.data.corpus import Say
 from truestep.data.documents import TextFile
+from truestep.data.formats import stat_of
 from truestep.storage import (
     TEMPORARY_PREFIX,
     Storage,
@@ -87,7 +88,7 @@ def identity(files: list[TextFile]) -> str:
     """Return a hash that changes with names, forms, sizes and times of files."""
     digest = hashlib.sha256()
     for file in files:
-        status = file.path.stat()
+        status = stat_of(file.path)
         entry = [file.name, file.form, str(file.path), status.st_size, status.st_mtime_ns]
         digest.update(json.dumps(entry).encode() + b"\n")
     return digest.hexdigest()
