@@ -18,6 +18,8 @@ def prepare(
 ) -> None:
     """Turn text into a directory of token shards.
 
+    From 64 MiB of files on, one that was killed or failed is taken up by the same command.
+
     Parameters
     ----------
     source

@@ -17,9 +17,9 @@ from jaxtyping import Int64
 from truestep.data.corpus import Say
 from truestep.data.documents import Document, Record, TextFile
 from truestep.data.formats import stat_of
+from truestep.data.hashing import ROW, Hashed, HashedFiles, changed, hash_files
 from truestep.data.progress import Progress
 from truestep.data.shards import write_split
-from truestep.data.survey import ROW, Hashed, HashedFiles, changed, hash_files
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import SplitRecord
 from truestep.data.workers import Report, do_jobs

@@ -14,59 +14,18 @@ import numpy as np
 from truestep.data.bpe import BytePairs
 from truestep.data.corpus import Say, find_files
 from truestep.data.documents import Document, Record, TextFile
-from truestep.data.formats import CorpusError, DamagedError, is_compressed, stat_of
+from truestep.data.formats import CorpusError
+from truestep.data.hashing import Hashed, HashedFiles, hash_file, hash_files
 from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import is_prepared
-from truestep.data.workers import Report
 from truestep.observe.text import count
 
 _SPLITS = ("train", "validation")
 # A split by documents that holds out less or more than this share of the text is no good.
 _LEAST_SHARE, _MOST_SHARE = 0.04, 0.25
 
-ROW = np.dtype([("number", "<u8"), ("num_bytes", "<u8"), ("sha256", "u1", 32)])
-"""A document as it was when it was first read; many are one array, of 48 bytes each."""
-
 Choice = Callable[[np.ndarray], np.ndarray]
 """Says of an array of ROW which documents are meant."""
-
-
-@dataclass(frozen=True)
-class Hashed:
-    """Documents of one file, as they were when they were first read: an array of ROW."""
-
-    file: TextFile
-    rows: np.ndarray
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all their text."""
-        return int(self.rows["num_bytes"].sum())
-
-    def documents(self) -> Iterator[tuple[Document | Record, bytes]]:
-        """Yield each document, and the sha256 that it had. Errors: CorpusError for one missing."""
-        hashes = (row.tobytes() for row in self.rows["sha256"])
-        for document in self.file.documents(map(int, self.rows["number"])):
-            yield document, next(hashes)
-        if next(hashes, None) is not None:
-            raise changed(self.file)
-
-    def those(self, mask: np.ndarray) -> "list[Hashed]":
-        """Return those documents that the mask says, in a list; nothing for none."""
-        return [Hashed(self.file, self.rows[mask])] if mask.any() else []
-
-
-def changed(file: TextFile | Record) -> CorpusError:
-    """Return the error about a file that is not what it was."""
-    return CorpusError(f"{str(file.path)!r} was changed while it was being prepared; prepare again")
-
-
-@dataclass(frozen=True)
-class HashedFiles:
-    """The documents of files, and why others are no text."""
-
-    members: list[Hashed]
-    problems: list[str]
 
 
 Hashing = Callable[[str, list[TextFile]], HashedFiles]
@@ -170,50 +129,6 @@ def _hash_all(
     if problems := found.problems:
         say(f"{source}: skipped {count(len(problems), 'file')}, not UTF-8 text: {problems[0]}")
     return found.members
-
-
-def hash_files(files: Iterable[TextFile], report: Report = lambda _: None) -> HashedFiles:
-    """Read files and return the documents that are text, and not empty.
-
-    `report` is told of bytes as they are read. Errors: DamagedError.
-    """
-    members: list[Hashed] = []
-    problems: list[str] = []
-    for file in files:
-        try:
-            member = hash_file(file, report)
-        except DamagedError:
-            raise
-        except CorpusError as error:
-            problems.append(str(error))
-        else:
-            members += [member] if member.rows.size else []
-    return HashedFiles(members, problems)
-
-
-def hash_file(file: TextFile, report: Report = lambda _: None) -> Hashed:
-    """Read a file and return what documents it has; empty ones do not count.
-
-    Errors: CorpusError for a file that is not text.
-    """
-    rows = np.fromiter(_rows(file, report), dtype=ROW)
-    return Hashed(file, rows[rows["num_bytes"] > 0])
-
-
-def _rows(file: TextFile, report: Report) -> Iterator[tuple[int, int, np.ndarray]]:
-    grows = is_compressed(file.path) or file.form in {"parquet", "arrow"}
-    reported, size = 0, stat_of(file.path).st_size
-    for document in file.documents():
-        digest, num_bytes = hashlib.sha256(), 0
-        for piece in document.source_pieces():
-            data = piece.encode()
-            digest.update(data)
-            num_bytes += len(data)
-            if not grows:  # where stored bytes are few, they are told at the end
-                reported += len(data)
-                report(len(data))
-        yield document.number, num_bytes, np.frombuffer(digest.digest(), dtype=np.uint8)
-    report(size - reported)
 
 
 def _split(source: str, members: list[Hashed], say: Say) -> tuple[list[Hashed], list[Hashed]]:
