@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 KILLS ?= 10000
 CORRUPTIONS ?= 100000
+EXTRAS := data
 SOURCES := src tests examples benchmarks docs
 export PYTHONHASHSEED := 0
 
-.PHONY: train test lint format docs bench torture mutants clean
+.PHONY: train test test-extras lint format docs bench torture mutants clean
 
 train: $(VENV)/train.stamp
 	@$(BIN)/truestep train configs/quickstart.toml
@@ -18,6 +19,9 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadgroup
+
+test-extras: $(VENV)/extras.stamp
+	$(BIN)/pytest tests/test_extras_*.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -36,6 +40,11 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing truestep and its development tools into $(VENV) (about a minute, the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable '.[dev]'
 	@touch $@ $(VENV)/train.stamp
+
+$(VENV)/extras.stamp: $(VENV)/test.stamp
+	@echo "Installing the extras $(EXTRAS) into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_FLAGS) --editable '.[dev,$(EXTRAS)]'
+	@touch $@
 
 docs: $(VENV)/train.stamp
 	$(BIN)/python docs/make_reference.py

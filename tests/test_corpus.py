@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from truestep.data import corpus
-from truestep.data.corpus import BUILT_IN, CorpusError, Document, find_documents
+from truestep.data import documents as document_module
+from truestep.data.corpus import BUILT_IN, find_files
+from truestep.data.documents import Document
+from truestep.data.formats import CorpusError
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"))
 
@@ -42,7 +44,7 @@ def test_a_directory_gives_its_prose_and_code_by_name(tree):
     os.symlink("..", f"{source}/a/loop")
     os.symlink("nowhere", f"{source}/broken.txt")
     said = []
-    names = [document.name for document in find_documents(source, said.append)]
+    names = [document.name for document in find_files(source, say=said.append)]
     assert names == ["A.TXT", "README", "a.md", "a/z.py", "b.txt", "naïve.rst"]
     assert len(said) == 1
     assert "6 files" in said[0]
@@ -52,9 +54,9 @@ def test_a_directory_gives_its_prose_and_code_by_name(tree):
 
 def test_line_ends_stay_and_a_byte_order_mark_goes(tree):
     source = tree({"a.txt": b"\xef\xbb\xbfone\r\ntwo\rthree\n\xef\xbb\xbf"})
-    (document,) = find_documents(source)
+    (document,) = find_files(source)
     assert document.read() == "one\r\ntwo\rthree\n\ufeff"
-    (document,) = find_documents(f"{source}/a.txt")
+    (document,) = find_files(f"{source}/a.txt")
     assert document.name == "a.txt"
     assert document.read().startswith("one")
 
@@ -65,7 +67,7 @@ def test_pieces_join_to_the_text_whatever_their_size(scratch, text, size, mark):
     scratch.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode())
     watched = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_PIECE_BYTES", size)
+        patch.setattr(document_module, "_PIECE_BYTES", size)
         pieces = list(Document("text.txt", scratch).pieces(watched.append))
     assert "".join(pieces) == text
     assert b"".join(watched) == text.encode()
@@ -85,7 +87,7 @@ def test_the_first_byte_that_is_not_text_is_named(scratch, text, noise, after, s
         nul = data[: error.start].find(0)  # which of two is named depends on the pieces
         expected = f"byte ({nul} is NUL|{error.start} is not UTF-8 text)"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_PIECE_BYTES", size)
+        patch.setattr(document_module, "_PIECE_BYTES", size)
         if expected is None:
             assert Document("text.txt", scratch).read() == data.decode().removeprefix("\ufeff")
         else:
@@ -114,7 +116,7 @@ def test_a_tail_is_cut_without_losing_or_breaking_a_character(scratch, text, rep
 def test_a_tail_starts_with_a_line_where_lines_are_short(tree):
     lines = [f"line {i}\n" for i in range(1000)]
     source = tree({"a.txt": "".join(lines).encode()})
-    head, tail = (part.read() for part in find_documents(source)[0].cut_tail())
+    head, tail = (part.read() for part in find_files(source)[0].cut_tail())
     assert head.endswith("\n")
     assert abs(tail.count("\n") - 100) < 5
 
@@ -134,7 +136,7 @@ def test_a_tail_starts_with_a_line_where_lines_are_short(tree):
 def test_a_source_without_text_is_refused_in_one_line(tree, files, name, message):
     source = tree({"other": b"", **files})
     with pytest.raises(CorpusError, match=message) as caught:
-        find_documents(f"{source}/{name}" if name != "stdlb" else name)
+        find_files(f"{source}/{name}" if name != "stdlb" else name)
     assert str(caught.value).isprintable()
 
 
@@ -153,20 +155,20 @@ def test_a_source_without_text_is_refused_in_one_line(tree, files, name, message
 def test_a_source_that_is_no_file_is_called_what_it_is(tmp_path, make, message):
     make(tmp_path / "text.txt")
     with pytest.raises(CorpusError, match=message) as caught:
-        find_documents(str(tmp_path / "text.txt"))
+        find_files(str(tmp_path / "text.txt"))
     assert str(caught.value).isprintable()
     assert "did you mean" not in str(caught.value)
 
 
 def test_one_file_is_counted_as_one(tree):
     said = []
-    find_documents(tree({"a.txt": b"x"}), said.append)
+    find_files(tree({"a.txt": b"x"}), say=said.append)
     assert ": 1 file in " in said[0]
 
 
 def test_a_file_that_vanishes_is_named(tree):
     source = tree({"a.txt": b"x"})
-    (document,) = find_documents(source)
+    (document,) = find_files(source)
     document.path.unlink()
     with pytest.raises(CorpusError, match=r"a\.txt' cannot be read: No such file"):
         document.read()
@@ -174,12 +176,12 @@ def test_a_file_that_vanishes_is_named(tree):
 
 def test_a_path_wins_over_a_built_in_name_only_if_it_exists(tree, monkeypatch):
     monkeypatch.chdir(tree({"stdlib": b"mine"}))
-    assert [document.read() for document in find_documents("stdlib")] == ["mine"]
-    assert len(find_documents("torch-src")) > 1000
+    assert [document.read() for document in find_files("stdlib")] == ["mine"]
+    assert len(find_files("torch-src")) > 1000
 
 
 def test_the_standard_library_is_read_without_its_tests():
-    documents = {document.name: document for document in find_documents("stdlib")}
+    documents = {document.name: document for document in find_files("stdlib")}
     assert documents["json/decoder.py"].read() == inspect.getsource(json.decoder)
     assert not any(
         part in {"test", "tests", "idle_test", "site-packages", "__pycache__"}
@@ -191,7 +193,7 @@ def test_the_standard_library_is_read_without_its_tests():
 
 
 def test_docstrings_are_the_text_that_help_shows(tree):
-    documents = {document.name: document for document in find_documents("docstrings")}
+    documents = {document.name: document for document in find_files("docstrings")}
     text = documents["stdlib/json/__init__.py"].read()
     assert text.startswith(inspect.getdoc(json))
     for function in (json.dumps, json.load):
@@ -207,9 +209,7 @@ def test_python_that_does_not_parse_or_says_nothing_has_no_docstrings(tree):
         "escape.py": b"def f():\n    'a \\d'\n",
     }
     source = tree(code)
-    found = {
-        d.name: Document(d.name, d.path, form="docstrings").read() for d in find_documents(source)
-    }
+    found = {d.name: Document(d.name, d.path, form="docstrings").read() for d in find_files(source)}
     assert found == {
         "broken.py": "",
         "silent.py": "",
@@ -221,7 +221,7 @@ def test_python_that_does_not_parse_or_says_nothing_has_no_docstrings(tree):
 def test_nothing_here_imports_torch():
     code = (
         "import sys; from truestep.data import prepare, corpus\n"
-        f"for name in {BUILT_IN!r}: corpus.find_documents(name)\n"
+        f"for name in {BUILT_IN!r}: corpus.find_files(name)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,5 +1,6 @@
 """From text to token shards: the split, the fingerprint, and what happens when it fails."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +14,8 @@ import pytest
 from faults import FAULTS, Died, FaultyStorage
 from sealing import sealed
 
-from truestep.data import corpus
-from truestep.data.corpus import CorpusError
+from truestep.data import documents
+from truestep.data.formats import CorpusError
 from truestep.data.prepare import prepare, prepare_once
 from truestep.data.tokenizer import ByteTokenizer
 from truestep.data.tokens import open_prepared
@@ -79,6 +80,31 @@ def test_every_document_is_in_one_split_whole_and_under_its_name(tree, tmp_path)
     assert sorted(path.name for path in prepared.directory.iterdir()) == sorted(
         [*prepared.manifest["files"], "manifest.json"]
     )
+
+
+def blocks(*sizes):
+    return {f"{i}.txt": f"{i} words\n" * 100 * size for i, size in enumerate(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("texts", "validation", "hashes"),
+    [
+        (many(120), "auto", ("65dec28e8b3d3b1a", "0523cf231336ff26")),
+        (many(120), "d0/0.txt", ("1b4ca0ac1db7c676", "fef458ca82a48f62")),
+        (blocks(3, 5, 8, 13, 21), "auto", ("738e9d2df4df842b", "295973f65e149494")),
+        (blocks(1, 1, 1, 50), "auto", ("928c7a58cd4c1e0d", "b50565375d5ea275")),
+        (blocks(1, 1, 1, 50), "0.txt", ("2bfba844930664ab", "23b11b24565d4626")),
+    ],
+)
+def test_text_keeps_its_fingerprint_and_its_split_from_release_to_release(
+    tree, tmp_path, texts, validation, hashes
+):
+    source = tree(texts)
+    validation = validation if validation == "auto" else f"{source}/{validation}"
+    prepared, _ = run(source, tmp_path / "out", validation=validation)
+    ids = bytes(prepared.validation.read(0, len(prepared.validation)).tolist())
+    held_out = hashlib.sha256(ids).hexdigest()
+    assert (prepared.fingerprint[:16], held_out[:16]) == hashes
 
 
 def test_neither_name_nor_place_nor_company_moves_a_file_to_the_other_split(tree, tmp_path):
@@ -261,7 +287,8 @@ def test_the_slower_of_two_preparations_takes_the_faster_ones_directory(tree, tm
 
     class Slow(LocalStorage):
         def rename(self, source_path, target):
-            rivals.append(prepare_once(source, cache, tokenizer=BYTES))
+            if target.parent == cache:
+                rivals.append(prepare_once(source, cache, tokenizer=BYTES))
             super().rename(source_path, target)
 
     path = prepare_once(source, cache, tokenizer=BYTES, storage=Slow())
@@ -325,7 +352,7 @@ def test_files_that_are_no_text_are_skipped_and_counted_unless_named(tree, tmp_p
 
 
 def test_memory_does_not_grow_with_the_text(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_PIECE_BYTES", 2**13)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 2**13)
     source = tree({"a.txt": "some words in a line\n" * 200_000}) + "/a.txt"  # 4.2 MB
     tracemalloc.start()
     try:

@@ -179,10 +179,13 @@ class DataConfig(Config):
 
     # Free on resume: that the text is the same is checked by its fingerprint.
     source: str = cosmetic("stdlib")
-    """A text file, a directory of text, one that `truestep prepare` wrote, or a built-in corpus."""
+    """Text: a file, a directory, a pattern, what `truestep prepare` wrote, or a built-in corpus."""
 
     validation: str = cosmetic("auto")
     """A text file or directory to validate on; auto: a tenth of the source, held out."""
+
+    text_field: str = cosmetic("text")
+    """What holds the text in a line of JSON, or the column of a Parquet file."""
 
     tokenizer: str = trajectory("auto")
     """bytes, or bpe-N: N byte pairs learnt from the source. auto: as it was prepared, or bytes."""

@@ -36,24 +36,43 @@ class OtherVersionError(StorageError):
 class DirectoryWriter:
     """Writes a directory that appears at `target` whole, or not at all.
 
-    Use as a context: leaving it without `commit` removes what was written.
+    Use as a context: leaving it without `commit` removes what was written. `begun` is another
+    directory on the same file system to write in, which stays where it is left without `commit`.
     """
 
-    def __init__(self, target: Path, storage: Storage = LOCAL) -> None:
+    def __init__(self, target: Path, storage: Storage = LOCAL, begun: Path | None = None) -> None:
         self.target = target
         self.storage = storage
-        self.temporary = temporary_path(target)
+        self.temporary = begun or temporary_path(target)
+        self._stays = begun is not None
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> "DirectoryWriter":
         self.storage.make_directory(self.temporary)
-        UNFINISHED.add(self.temporary)
+        if not self._stays:
+            UNFINISHED.add(self.temporary)
         return self
 
     def write(self, name: str, chunks: Iterable[Any]) -> FileRecord:
         """Write one file of the directory; its record goes into the manifest."""
         self.files[name] = write_file(self.storage, self.temporary / name, chunks)
         return self.files[name]
+
+    def keep_only(self, pattern: str) -> None:
+        """Remove what an earlier process left, but for files of such names."""
+        for path in sorted(set(self.temporary.iterdir()) - set(self.temporary.glob(pattern))):
+            self.storage.remove(path)
+
+    def adopt(self, path: Path, name: str, record: FileRecord) -> None:
+        """Move a file of this record here, if an earlier process has not done so.
+
+        Errors: StorageError where it is in neither place.
+        """
+        if path.exists():
+            self.storage.rename(path, self.temporary / name)
+        elif not (self.temporary / name).exists():
+            raise StorageError(f"{path}: the file is missing")
+        self.files[name] = record
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """Add `manifest.json` (with `files`, and sealed) last, then make the directory visible."""
@@ -68,7 +87,8 @@ class DirectoryWriter:
 
     def __exit__(self, *exception: object) -> None:
         try:
-            discard(self.storage, self.temporary)
+            if not self._stays:
+                discard(self.storage, self.temporary)
         finally:
             UNFINISHED.discard(self.temporary)
 

@@ -101,6 +101,10 @@ class BytePairTokenizer:
         self.vocab_size = len(self._parts)
         self.token_bytes = np.array([len(part) for part in self._parts], dtype=np.int64)
 
+    def __reduce__(self) -> tuple[type, tuple[str, bytes]]:
+        """Go to another process as what it was made from, and be made anew there."""
+        return type(self), (self.name, self.definition)
+
     def encode(self, text: str) -> Int64[np.ndarray, "N"]:
         """Return the ids of `text`, without an end of document."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)

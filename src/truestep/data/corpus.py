@@ -4,21 +4,22 @@ Text is UTF-8 without NUL. Line ends stay as they are; a byte order mark that op
 dropped.
 """
 
-import ast
-import codecs
 import difflib
 import errno
+import glob
 import importlib.util
+import itertools
 import os
 import sysconfig
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
+from truestep.data import hugging_face
+from truestep.data.documents import Document, RecordFile, TextFile
+from truestep.data.formats import CorpusError, inner_suffix, is_compressed, record_form
 from truestep.observe.text import count
 
 BUILT_IN = ("stdlib", "torch-src", "docstrings")
@@ -36,131 +37,40 @@ _SKIPPED_IN_PACKAGES = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
 _RUN_FILES = {"config.toml", "manifest.json", "metrics.jsonl"}
-_PIECE_BYTES = 2**20
 
 Say = Callable[[str], object]
 
 
-class CorpusError(ValueError):
-    """A source that gives no text, or not the text it should."""
+def find_files(source: str, field: str = "text", say: Say = lambda _: None) -> list[TextFile]:
+    """Return the files of text in a file, a directory, a pattern or a built-in corpus, by name.
 
-
-@dataclass(frozen=True)
-class Document:
-    """A text: bytes start to stop of a file, or the docstrings of a Python file.
-
-    `name` is the file's path below the source, with `/` on every system.
-    """
-
-    name: str
-    path: Path
-    start: int = 0
-    stop: int | None = None
-    form: Literal["text", "docstrings"] = "text"
-
-    def read(self) -> str:
-        """Return the whole text; Python that does not parse has no docstrings.
-
-        Errors: CorpusError naming the file and the first byte that is not text.
-        """
-        return "".join(self.pieces())
-
-    def pieces(self, watch: Callable[[bytes], object] | None = None) -> Iterator[str]:
-        """Yield the text in pieces of about 1 MiB, cut after a line where there is one.
-
-        `watch`, if given, is called with all the bytes that the text is made from.
-        """
-        source = self.source_pieces()
-        if watch is not None:
-            source = _watched(source, watch)
-        if self.form == "text":
-            yield from source
-        elif text := _docstrings("".join(source)):
-            yield text
-
-    def source_pieces(self) -> Iterator[str]:
-        """Yield what stands in the file, in pieces, before anything is extracted from it."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        position, carry, data = self.start, "", b"begin"
-        try:
-            with self.path.open("rb") as stream:
-                stream.seek(position)
-                while data:
-                    first = position - len(decoder.getstate()[0])  # byte that is decoded next
-                    room = _PIECE_BYTES if self.stop is None else self.stop - position
-                    data = stream.read(min(room, _PIECE_BYTES))
-                    position += len(data)
-                    text = self._decode(decoder, data, first)
-                    text = carry + (text.removeprefix("\ufeff") if first == 0 else text)
-                    cut = text.rfind("\n") + 1 or len(text)
-                    if cut and data:
-                        yield text[:cut]
-                    carry = text[cut:] if data else text
-        except OSError as error:
-            raise CorpusError(f"{str(self.path)!r} cannot be read: {error.strerror}") from None
-        if carry:
-            yield carry
-
-    def cut_tail(self) -> "tuple[Document, Document] | None":
-        """Return the document without about its last tenth, and that tenth.
-
-        The cut is at the line start nearest to nine tenths, if one leaves at least half and at
-        most one and a half tenths, else between two characters. None for a single character, and
-        for a document that is not the whole text of its file.
-        """
-        size = self.path.stat().st_size
-        tail = max(1, size // 10)
-        wanted, reach = size - tail, min(tail // 2, _PIECE_BYTES)
-        if self.form != "text" or (self.start, self.stop) != (0, None) or wanted <= 0:
-            return None
-        first = max(0, wanted - reach - 3)  # a character has 4 bytes at most
-        with self.path.open("rb") as stream:
-            stream.seek(first)
-            block = stream.read(wanted + reach - first + 1)
-        middle = wanted - first
-        ends = (block.rfind(b"\n", middle - reach, middle), block.find(b"\n", middle, -1))
-        line_starts = [end + 1 for end in ends if end >= 0]
-        cut = min(line_starts, key=lambda start: abs(start - middle), default=middle)
-        while cut and block[cut] & 0xC0 == 0x80:  # within a character
-            cut -= 1
-        cut += first
-        return (replace(self, stop=cut), replace(self, start=cut)) if cut else None
-
-    def _decode(self, decoder: codecs.IncrementalDecoder, data: bytes, first: int) -> str:
-        """Decode further bytes; `first` is the file's offset of those not decoded so far."""
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise CorpusError(
-                f"{str(self.path)!r}: byte {first + error.start} is not UTF-8 text; convert the "
-                "file, for example with iconv"
-            ) from None
-        if (nul := text.find("\0")) >= 0:
-            raise CorpusError(
-                f"{str(self.path)!r}: byte {first + len(text[:nul].encode())} is NUL, which text "
-                "does not contain; is this a binary file?"
-            )
-        return text
-
-
-def find_documents(source: str, say: Say = lambda _: None) -> list[Document]:
-    """Return the documents of a text file, a directory of text or a built-in corpus, by name.
-
-    Below a directory these are files with a suffix of prose or code, or without any; hidden ones
-    are skipped, and links to directories are not followed. A path that exists wins over a built-in
-    name. `say` is told what was found and what was skipped. Nothing is read yet.
+    Below a directory these are files with a suffix of prose or code, or without any, and where
+    there are none, those of many documents and compressed ones; hidden ones are skipped, and links
+    to directories are not followed. A pattern, as `data/**/*.jsonl.gz`, takes whatever it matches.
+    A path that exists wins over a pattern and a built-in name. `field` names the text of a line of
+    JSON, or the column of a table. Datasets of the library `datasets` are `hf:NAME:SPLIT`, or a
+    directory that `save_to_disk` wrote. `say` is told what was found and what was skipped. No text
+    is read yet.
 
     Errors: CorpusError naming the source and what is wrong with it.
     """
     if os.path.isfile(source):
         if os.path.getsize(source) == 0:
             raise CorpusError(f"{source!r} is empty; give a file with text")
-        return [Document(Path(source).name, Path(source))]
+        return [_text_file(Path(source).name, Path(source), field)]
     if os.path.isdir(source):
-        return _documents_below(source, {"": Path(source)}, _TEXT_SUFFIXES, frozenset(), say)
+        if hugging_face.is_saved(source):
+            return list(hugging_face.saved_files(source, field))
+        return _files_below(
+            source, {"": Path(source)}, _TEXT_SUFFIXES, frozenset(), field=field, say=say
+        )
     if source not in BUILT_IN:
         if os.path.lexists(source):
             raise CorpusError(f"{source!r} {_oddity(source)}")
+        if source.startswith(hugging_face.PREFIX):
+            return list(hugging_face.named_files(source, field))
+        if is_pattern(source):
+            return _files_of_pattern(source, field, say)
         raise CorpusError(
             f"{source!r} is neither a file, a directory nor one of "
             f"{', '.join(BUILT_IN)}{_place(source)}{_nearest(source)}"
@@ -170,47 +80,92 @@ def find_documents(source: str, say: Say = lambda _: None) -> list[Document]:
         "torch-src": lambda: {"torch/": _torch()},
         "docstrings": lambda: {"stdlib/": _stdlib(), "torch/": _torch()},
     }[source]()
-    documents = _documents_below(source, roots, frozenset({".py"}), _SKIPPED_IN_PACKAGES, say)
+    files = _files_below(
+        source, roots, frozenset({".py"}), _SKIPPED_IN_PACKAGES, field=field, say=say
+    )
     if source == "docstrings":
-        return [replace(document, form="docstrings") for document in documents]
-    return documents
+        return [replace(f, form="docstrings") for f in files if isinstance(f, Document)]
+    return files
 
 
-def _documents_below(
+def is_pattern(source: str) -> bool:
+    """Return whether a source names files by `*` or `?`, if no file has this very name."""
+    return "*" in source or "?" in source
+
+
+def _text_file(name: str, path: Path, field: str) -> TextFile:
+    form = record_form(path)
+    return Document(name, path) if form is None else RecordFile(name, path, form, field)
+
+
+def _files_of_pattern(source: str, field: str, say: Say) -> list[TextFile]:
+    fixed = Path(*itertools.takewhile(lambda part: not is_pattern(part), Path(source).parts))
+    paths = [Path(path) for path in glob.glob(source, recursive=True)]
+    found = [path for path in paths if path.is_file() and path.stat().st_size]
+    if not found:
+        raise CorpusError(
+            f"{source!r} matches no file with text{_place(source)}; `**` stands for directories"
+        )
+    say(f"{source}: {count(len(found), 'file')}")
+    files = [_text_file(path.relative_to(fixed).as_posix(), path, field) for path in found]
+    return sorted(files, key=lambda file: file.name)
+
+
+def _files_below(
     source: str,
     roots: dict[str, Path],
     suffixes: frozenset[str],
     skipped_directories: frozenset[str],
+    *,
+    field: str,
     say: Say,
-) -> list[Document]:
+) -> list[TextFile]:
     """Return the text below each root, named with the root's prefix."""
-    documents, skipped = [], Counter[str]()
+    plain: list[TextFile] = []
+    others: list[TextFile] = []  # of many documents, or compressed
+    skipped = Counter[str]()
     for prefix, root in roots.items():
-        for directory, names, files in os.walk(
+        for directory, names, entries in os.walk(
             root, onerror=lambda _: skipped.update(["unreadable directory"])
         ):
-            if set(files) >= _RUN_FILES:  # what a run writes must not become its own text
+            if set(entries) >= _RUN_FILES:  # what a run writes must not become its own text
                 skipped["run of truestep"] += 1
                 names.clear()
                 continue
             names[:] = [n for n in names if not n.startswith(".") and n not in skipped_directories]
-            for name in files:
+            for name in entries:
                 path = Path(directory, name)
                 suffix = path.suffix.lower()
                 # _sysconfigdata is generated by the machine that built Python.
                 if name.startswith((".", "_sysconfigdata")):
                     skipped["hidden or generated"] += 1
-                elif suffix not in suffixes or not path.is_file():
-                    skipped[repr(suffix) if suffix else "no suffix"] += 1
+                    continue
+                file = _text_file(prefix + path.relative_to(root).as_posix(), path, field)
+                if suffix in suffixes and path.is_file():
+                    plain.append(file)
+                elif suffixes is _TEXT_SUFFIXES and _is_packed(path) and path.is_file():
+                    others.append(file)
                 else:
-                    documents.append(Document(prefix + path.relative_to(root).as_posix(), path))
+                    skipped[repr(suffix) if suffix else "no suffix"] += 1
+    files, hint = plain or others, ""
+    if plain and others:
+        skipped.update(repr(file.path.suffix.lower()) for file in others)
+        example = os.path.join(source, "**", f"*{others[0].path.suffix}")
+        hint = f"; {example!r} would take those of one kind alone"
     kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common(4))
-    others = f"; skipped {skipped.total()} of other kinds: {kinds}" if skipped else ""
+    others_text = f"; skipped {skipped.total()} of other kinds: {kinds}" if skipped else ""
     places = " and ".join(repr(str(root)) for root in roots.values())
-    if not documents:
-        raise CorpusError(f"{source!r} has no text files in {places}{others}; give another")
-    say(f"{source}: {count(len(documents), 'file')} in {places}{others}")
-    return sorted(documents, key=lambda document: document.name)
+    if not files:
+        raise CorpusError(f"{source!r} has no text files in {places}{others_text}; give another")
+    say(f"{source}: {count(len(files), 'file')} in {places}{others_text}{hint}")
+    return sorted(files, key=lambda file: file.name)
+
+
+def _is_packed(path: Path) -> bool:
+    """Return whether a file holds many documents, or compressed text."""
+    if record_form(path) is not None:
+        return True
+    return is_compressed(path) and inner_suffix(path) in _TEXT_SUFFIXES
 
 
 def _stdlib() -> Path:
@@ -252,25 +207,3 @@ def _nearest(source: str) -> str:
         siblings = []
     matches = difflib.get_close_matches(source, [*BUILT_IN, *siblings], n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
-def _watched(pieces: Iterator[str], watch: Callable[[bytes], object]) -> Iterator[str]:
-    for piece in pieces:
-        watch(piece.encode())
-        yield piece
-
-
-def _docstrings(source: str) -> str:
-    """Return the docstrings of a module, its classes and functions, a blank line between two."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the escapes of other people's strings
-        try:
-            tree = ast.parse(source)
-        except (SyntaxError, RecursionError):
-            return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    text = "\n\n".join(docstring for docstring in found if docstring)
-    # Escapes in a string may stand for what text does not contain: NUL and lone surrogates.
-    text = text.replace("\0", "").encode(errors="ignore").decode()
-    return text + "\n" if text else ""

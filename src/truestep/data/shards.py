@@ -31,8 +31,8 @@ def write_split(
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
-    lines: list[bytes] = []
-    counts = {"tokens": 0, "bytes": 0}
+    lines = bytearray()
+    counts = {"tokens": 0, "bytes": 0, "documents": 0}
 
     def pieces() -> Iterator[Int64[np.ndarray, "_"]]:
         end = np.array([tokenizer.end_of_document], dtype=np.int64)
@@ -44,8 +44,9 @@ def write_split(
                 counts["bytes"] += int(tokenizer.token_bytes[part].sum())
                 yield part
             if counts["tokens"] > start:
-                lines.append(json.dumps({"name": name, "start": start}).encode() + b"\n")
+                lines.extend(json.dumps({"name": name, "start": start}).encode() + b"\n")
                 counts["tokens"] += 1
+                counts["documents"] += 1
                 yield end
 
     dtype = np.dtype(dtype_of(tokenizer.vocab_size)).newbyteorder("<")
@@ -54,12 +55,12 @@ def write_split(
         shards.append(f"{split}-{number:05d}.bin")
         writer.write(shards[-1], (ids.astype(dtype).view(np.uint8) for _, ids in group))
     documents_file = f"{split}-documents.jsonl"
-    writer.write(documents_file, [b"".join(lines)] if lines else [])
+    writer.write(documents_file, [lines] if lines else [])
     return SplitRecord(
         shards=shards,
         documents=documents_file,
         num_tokens=counts["tokens"],
-        num_documents=len(lines),
+        num_documents=counts["documents"],
         num_bytes=counts["bytes"],
     )
 

@@ -5,14 +5,12 @@ Shards are read by pread and never mapped: a file cut short under a map kills th
 read can be named.
 """
 
-import json
 import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated, Any, Literal
@@ -21,9 +19,10 @@ import numpy as np
 from jaxtyping import Int64, Integer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from truestep.data.document_list import DocumentList
 from truestep.data.tokenizer import DEFINITION, Tokenizer, load_tokenizer
 from truestep.manifest import MANIFEST, OtherVersionError, read_manifest
-from truestep.storage import FileRecord, StorageError, read_file
+from truestep.storage import FileRecord, StorageError
 
 FORMAT = "truestep tokens"
 FORMAT_VERSION = 2  # 1 had neither seals nor checksums of blocks
@@ -108,9 +107,8 @@ class TokenSplit:
                 f"{directory / MANIFEST}: expected shards of {record.num_tokens} tokens, "
                 f"found {len(self)}"
             )
-        self._documents_file = directory / record.documents
-        self._documents_record = _record_of(self._documents_file, files)
-        self._documents: tuple[list[str], list[int]] | None = None
+        path = directory / record.documents
+        self._documents = DocumentList(path, _record_of(path, files), record.num_documents)
         self._open = lru_cache(maxsize=_OPEN_SHARDS)(_Descriptor)
 
     def __len__(self) -> int:
@@ -142,11 +140,7 @@ class TokenSplit:
         """
         if not 0 <= position < len(self):
             raise ValueError(f"position {position} is outside the split's {len(self)} tokens")
-        if self._documents is None:
-            self._documents = self._load_documents()
-        names, starts = self._documents
-        document = bisect_right(starts, position) - 1
-        return names[document], starts[document]
+        return self._documents.at(position)
 
     def _read_shard(self, shard: int, offset: int, count: int) -> Integer[np.ndarray, "N"]:
         path, width = self._shards[shard], self._dtype.itemsize
@@ -176,24 +170,6 @@ class TokenSplit:
         if size % width:
             raise StorageError(f"{path}: {size} bytes are not a whole number of {self._dtype.name}")
         return size // width
-
-    def _load_documents(self) -> tuple[list[str], list[int]]:
-        data = read_file(self._documents_file, self._documents_record)
-        try:
-            records = [json.loads(line) for line in data.splitlines()]
-            names = [str(record["name"]) for record in records]
-            starts = [int(record["start"]) for record in records]
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise StorageError(
-                f"{self._documents_file}: not a list of documents ({type(error).__name__})"
-            ) from None
-        rising = all(start < following for start, following in pairwise(starts))
-        if len(starts) != self.num_documents or starts[:1] != [0] or not rising:
-            raise StorageError(
-                f"{self._documents_file}: expected {self.num_documents} documents with rising "
-                f"starts from 0, found {len(starts)}"
-            )
-        return names, starts
 
 
 @dataclass(frozen=True)

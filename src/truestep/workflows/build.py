@@ -15,7 +15,7 @@ from truestep import compiler, runtime
 from truestep.batch import Batch
 from truestep.config import GPTConfig, RunConfig
 from truestep.data.bpe import BytePairTokenizer
-from truestep.data.corpus import Say
+from truestep.data.corpus import Say, is_pattern
 from truestep.data.loader import WindowLoader
 from truestep.data.prepare import prepare_once
 from truestep.data.tokenizer import DEFINITION, ByteTokenizer, Tokenizer, find_tokenizer
@@ -207,6 +207,7 @@ def open_data(
         tokenizer=ByteTokenizer() if name == "auto" else find_tokenizer(name),
         learnt=own if isinstance(own, BytePairTokenizer) and own.name == name else None,
         validation=config.data.validation,
+        text_field=config.data.text_field,
         say=say,
     )
     data = open_prepared(directory)
@@ -255,7 +256,11 @@ def require_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def _absolute_paths(config: RunConfig) -> dict[str, str]:
     """Return the paths of the data as a resumed run finds them from any directory."""
     paths = {"source": config.data.source, "validation": config.data.validation}
-    return {name: str(Path(path).resolve()) for name, path in paths.items() if Path(path).exists()}
+    return {
+        name: str(Path(path).resolve())
+        for name, path in paths.items()
+        if Path(path).exists() or is_pattern(path)
+    }
 
 
 def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str, Any]:

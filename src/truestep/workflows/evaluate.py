@@ -45,11 +45,11 @@ def batches_to_evaluate(
 class _Text:
     """Tokens in memory: every document of a source, each with its end."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, say: Say) -> None:
+    def __init__(self, source: str, field: str, tokenizer: Tokenizer, say: Say) -> None:
         dtype, end = dtype_of(tokenizer.vocab_size), [tokenizer.end_of_document]
         pieces = [
             np.concatenate([tokenizer.encode(document.read()), end]).astype(dtype)
-            for document in readable_documents(source, say)
+            for document in readable_documents(source, say, field)
         ]
         self._tokens = np.concatenate(pieces)
 
@@ -80,7 +80,7 @@ def evaluate_run(
             f"the validation of {source}",
         )
     else:
-        data, name = _Text(source, tokenizer, say), source
+        data, name = _Text(source, trained.config.data.text_field, tokenizer, say), source
     say(f"{directory} at step {trained.step} on {name}:")
     result = evaluate(
         trained.model,
