@@ -208,8 +208,9 @@ def test_parts_add_up_to_the_same_global_batch_in_any_order(batch_size, step, da
 
 def test_epochs_are_counted_for_each_source():
     loader = loader_of([51, 26], [0.75, 0.25], batch_size=8)
-    assert loader.epochs_before(0) == {"text 0": 0, "text 1": 0}
-    assert loader.epochs_before(10) == {"text 0": 6, "text 1": 4}
+    assert loader.turns_before(0) == {"text 0": 0, "text 1": 0}
+    assert loader.turns_before(10) == {"text 0": 60, "text 1": 20}
+    assert [loader.num_windows(name) for name in ("text 0", "text 1")] == [10, 5]
 
 
 def test_what_cannot_be_mixed_is_refused_by_name():

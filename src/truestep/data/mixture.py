@@ -167,13 +167,14 @@ class MixtureLoader:
         """Return what each row of a step's global batch reads."""
         return self._rows_between(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def epochs_before(self, step: int) -> dict[str, float]:
-        """Return how often each source has been read through by all steps before this one."""
+    def turns_before(self, step: int) -> dict[str, int]:
+        """Return how many windows of each source all steps before this one have read."""
         counts = self._mixture.counts_before(step * self.batch_size)
-        return {
-            name: count / loader.num_windows
-            for name, count, loader in zip(self._names, counts, self._loaders, strict=True)
-        }
+        return dict(zip(self._names, counts, strict=True))
+
+    def num_windows(self, source: str) -> int:
+        """Return how many windows an epoch of a source has."""
+        return self._loaders[self._names.index(source)].num_windows
 
     def _rows_between(self, start: int, stop: int) -> list[Row]:
         """Return what positions start to stop - 1 read: the turns of a source follow each other."""

@@ -1,7 +1,8 @@
 """Measure a trained model on the text it was validated on, or on another."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,13 @@ from truestep.data.tokenizer import Tokenizer
 from truestep.data.tokens import dtype_of, is_prepared, open_prepared
 from truestep.loss import LOGITS_PER_CHUNK
 from truestep.observe.text import count
-from truestep.training.evaluate import Evaluation, evaluate
-from truestep.workflows.build import data_facts, open_data, require_same_data
+from truestep.training.evaluate import Evaluation, evaluate, weighted
+from truestep.workflows.sources import (
+    Sources,
+    data_facts,
+    open_data,
+    require_same_data,
+)
 from truestep.workflows.trained import load_trained
 
 
@@ -40,6 +46,26 @@ def batches_to_evaluate(
         batch_size=max(1, min(rows, most)),
         num_windows=num_windows,
     )
+
+
+def evaluate_sources(
+    config: RunConfig, data: Sources, num_windows: int | None, evaluate: Callable[..., Evaluation]
+) -> Evaluation:
+    """Return the loss over a run's validation text by a function such as `Trainer.evaluate`.
+
+    Several sources share the windows equally, and count in proportion to their weights, as in
+    training. None for `num_windows` is all of the text.
+    """
+    token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
+    results: dict[str, Evaluation] = {}
+    for number, (name, split) in enumerate(data.validation.items()):
+        share = None
+        if num_windows is not None:
+            first, end = (n * num_windows // len(data.validation) for n in (number, number + 1))
+            share = max(1, end - first)
+        batches = batches_to_evaluate(config, split, share)
+        results[name] = evaluate(batches, token_bytes=token_bytes)
+    return weighted(results, data.weights)
 
 
 class _Text:
@@ -69,27 +95,28 @@ def evaluate_run(
     """
     trained = load_trained(directory, say, device, checkpoint)
     tokenizer = trained.tokenizer
-    data: Tokens
+    measure = partial(evaluate, trained.model)
+    at = f"{directory} at step {trained.step} on"
     if source is None:
         prepared = open_data(trained.config, directory.parent, say, tokenizer)
-        require_same_data(trained.facts, data_facts(trained.config.data.source, prepared))
-        data, name = prepared.validation, "its validation text"
-    elif is_prepared(source):
-        data, name = (
-            open_prepared(Path(source), tokenizer).validation,
-            f"the validation of {source}",
-        )
+        require_same_data(trained.facts, data_facts(trained.config, prepared))
+        say(f"{at} its validation text:")
+        result = evaluate_sources(trained.config, prepared, None, measure)
     else:
-        data, name = _Text(source, tokenizer, say), source
-    say(f"{directory} at step {trained.step} on {name}:")
-    result = evaluate(
-        trained.model,
-        batches_to_evaluate(trained.config, data),
-        token_bytes=torch.from_numpy(tokenizer.token_bytes),
-    )
+        data: Tokens
+        if is_prepared(source):
+            data = open_prepared(Path(source), tokenizer).validation
+            say(f"{at} the validation of {source}:")
+        else:
+            data = _Text(source, tokenizer, say)
+            say(f"{at} {source}:")
+        batches = batches_to_evaluate(trained.config, data)
+        result = measure(batches, token_bytes=torch.from_numpy(tokenizer.token_bytes))
     perplexity = math.exp(min(result.loss, 700.0))
     tokens = count(result.num_tokens, "token")
     say(f"  loss {result.loss:.4f} nats a token, perplexity {perplexity:.3f} ({tokens})")
     if result.bits_per_byte is not None:
         say(f"  {result.bits_per_byte:.4f} bits per byte")
+    for name, loss in result.by_source.items():
+        say(f"  {name}: loss {loss:.4f}")
     return result

@@ -25,7 +25,7 @@ from truestep.shell import command
 from truestep.storage import DISK_FULL, StorageError, explain
 from truestep.training.diagnosis import NonFiniteError
 from truestep.training.trainer import Trainer
-from truestep.workflows.build import Training, build, require_same_data, say_what_changed
+from truestep.workflows.build import Training, build, say_what_changed
 from truestep.workflows.history import (
     count_skipped,
     forget_changes,
@@ -46,6 +46,7 @@ from truestep.workflows.run import (
     write_run_files,
 )
 from truestep.workflows.session import Session
+from truestep.workflows.sources import epochs_text, require_same_data
 
 _ONE_SIGNAL_SECONDS = 1.0  # the same signal again within these is the same wish, sent twice
 
@@ -88,7 +89,7 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
     training = build(config, runs, say, existing)
     trainer = training.trainer
     with _stopped_by_signals(trainer), contextlib.ExitStack() as stack:
-        directory = existing or claim_directory(config.run, config.data.source)
+        directory = existing or claim_directory(config.run, config.data.sources)
         training = training.named(directory.name)
         stack.enter_context(RunLock(directory))
         if existing is not None:
@@ -109,6 +110,8 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
             raise
         session.save()
         session.close()
+        if len(training.data.prepared) > 1:
+            say(epochs_text(training.loader, trainer.step))
         if trainer.step:
             draw_plots(directory)
             write_report(directory)
