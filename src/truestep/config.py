@@ -190,6 +190,9 @@ class DataConfig(Config):
     tokenizer: str = trajectory("auto")
     """bytes, or bpe-N: N byte pairs learnt from the source. auto: as it was prepared, or bytes."""
 
+    document_mask: bool = trajectory(False)
+    """Read each document as if it were alone: no attention beyond it, positions from its start."""
+
     batch_size: int = trajectory(16, gt=0)
     """Windows in the global batch of one update."""
 

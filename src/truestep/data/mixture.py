@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from truestep.batch import Batch
+from truestep.data.documents import with_positions
 from truestep.data.loader import Tokens, WindowLoader, read_rows, rows_of_part
 
 PERIOD = 2**16
@@ -122,7 +123,8 @@ class MixtureLoader:
 
     `splits` maps the name of each source to its tokens. Position p = step * batch_size + row is
     the turn of a source; the source's n-th turn reads what row n of it alone would: every source
-    goes through its own epochs, and one source by itself gives the batches of `WindowLoader`.
+    goes through its own epochs, and one source by itself gives the batches of `WindowLoader`. With
+    `document_end`, the id that ends a document, batches have `with_positions`.
 
     Errors: ValueError for a split shorter than one window, and as for `turns_of`.
     """
@@ -135,7 +137,9 @@ class MixtureLoader:
         context_length: int,
         batch_size: int,
         seed: int = 0,
+        document_end: int | None = None,
     ) -> None:
+        self._document_end = document_end
         self.context_length = context_length
         self.batch_size = batch_size
         self.splits = dict(splits)
@@ -161,7 +165,8 @@ class MixtureLoader:
         start = step * self.batch_size
         rows = self._rows_between(start + first, start + end)
         splits = [(self.splits[row.source], row.window) for row in rows]
-        return read_rows(splits, self.context_length, first)
+        batch = read_rows(splits, self.context_length, first)
+        return batch if self._document_end is None else with_positions(batch, self._document_end)
 
     def rows_at(self, step: int) -> list[Row]:
         """Return what each row of a step's global batch reads."""

@@ -29,6 +29,7 @@ from truestep.workflows.sources import (
     Sources,
     absolute_paths,
     data_facts,
+    document_end,
     open_data,
 )
 
@@ -98,6 +99,7 @@ def build(
         context_length=config.model.context_length,
         batch_size=config.data.batch_size,
         seed=config.training.seed,
+        document_end=document_end(config, data.tokenizer),
     )
     first = loader.batch_at(0)
     model, trainer = build_trainer(config)

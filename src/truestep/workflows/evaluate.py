@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from truestep.batch import Batch
 from truestep.config import RunConfig
 from truestep.data.corpus import Say
+from truestep.data.documents import with_positions
 from truestep.data.loader import Tokens, evaluation_batches
 from truestep.data.survey import readable_documents
 from truestep.data.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from truestep.training.evaluate import Evaluation, evaluate, weighted
 from truestep.workflows.sources import (
     Sources,
     data_facts,
+    document_end,
     open_data,
     require_same_data,
 )
@@ -29,23 +31,31 @@ from truestep.workflows.trained import load_trained
 
 
 def batches_to_evaluate(
-    config: RunConfig, split: Tokens, num_windows: int | None = None
+    config: RunConfig,
+    split: Tokens,
+    num_windows: int | None = None,
+    *,
+    document_end: int | None = None,
 ) -> Iterator[Batch]:
     """Return batches of windows that take no more memory than a step of training, or of one window.
 
     Evaluation has all logits of a batch at one time, and them in float32, and these for the
     softmax, where training of many ids has a chunk.
-    `num_windows` and errors: as for `evaluation_batches`.
+    With `document_end` the batches have `with_positions`. `num_windows` and errors: as for
+    `evaluation_batches`.
     """
     length, vocab_size = config.model.context_length, int(config.model.vocab_size)
     rows = min(int(config.training.micro_batch_size), config.data.batch_size)
     most = LOGITS_PER_CHUNK // (4 * length * vocab_size)
-    return evaluation_batches(
+    batches = evaluation_batches(
         split,
         context_length=length,
         batch_size=max(1, min(rows, most)),
         num_windows=num_windows,
     )
+    if document_end is None:
+        return batches
+    return (with_positions(batch, document_end) for batch in batches)
 
 
 def evaluate_sources(
@@ -57,13 +67,14 @@ def evaluate_sources(
     training. None for `num_windows` is all of the text.
     """
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
+    end = document_end(config, data.tokenizer)
     results: dict[str, Evaluation] = {}
     for number, (name, split) in enumerate(data.validation.items()):
         share = None
         if num_windows is not None:
             first, end = (n * num_windows // len(data.validation) for n in (number, number + 1))
             share = max(1, end - first)
-        batches = batches_to_evaluate(config, split, share)
+        batches = batches_to_evaluate(config, split, share, document_end=end)
         results[name] = evaluate(batches, token_bytes=token_bytes)
     return weighted(results, data.weights)
 
@@ -110,7 +121,8 @@ def evaluate_run(
         else:
             data = _Text(source, tokenizer, say)
             say(f"{at} {source}:")
-        batches = batches_to_evaluate(trained.config, data)
+        end = document_end(trained.config, tokenizer)
+        batches = batches_to_evaluate(trained.config, data, document_end=end)
         result = measure(batches, token_bytes=torch.from_numpy(tokenizer.token_bytes))
     perplexity = math.exp(min(result.loss, 700.0))
     tokens = count(result.num_tokens, "token")

@@ -179,6 +179,11 @@ def _another_source(
     return found
 
 
+def document_end(config: RunConfig, tokenizer: Tokenizer) -> int | None:
+    """Return the id that documents are told apart by, if they are to be."""
+    return tokenizer.end_of_document if config.data.document_mask else None
+
+
 def data_facts(config: RunConfig, data: Sources) -> dict[str, Any]:
     """Return what must be the same wherever a run goes on, and the name for it."""
     return {
