@@ -17,6 +17,7 @@ from truestep.training.probe import probe
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 sys.path.append(str(Path(__file__).parent.parent / "docs"))
 
+from data_order import check_epochs, check_mixture, check_prefixes
 from make_recipes import NANOGPT, rows_of
 from recipe import BASE, CONFIGS, best, merged, wanted
 from time_to_loss import wanted as races
@@ -98,3 +99,10 @@ def test_the_factor_over_nanogpt_is_a_bound_where_it_did_not_get_there():
         assert row == f"| truestep | 1.5 | 3 | 12 (10 to 20) | 9 | {factor} |\n"
     rows = list(rows_of(trials("truestep", [1800], reached=False) + slow))
     assert rows[0] == "| truestep | 1.5 | 1 | > 1,800 (1,800 to 1,800) | 9 |  |\n"
+
+
+def test_order_and_mixing_are_exact_at_two_trillion_tokens():
+    """As in docs/data.md, but for the files and the whole of the epochs."""
+    assert check_prefixes()["largest_error_in_windows"] <= 1 - 1 / 6  # of four sources
+    assert check_mixture(200) == {"mixed_windows": 200 * 512, "whole_epochs_in_them": 6}
+    assert check_epochs(10**9) == {"windows_in_whole_epochs": 488_284}

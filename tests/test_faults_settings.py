@@ -25,6 +25,7 @@ OTHERS = {
     "model.num_kv_heads": 1,
     "run.device": "meta",
     "data.tokenizer": "bpe-300",
+    "data.weights": [2.0],
     "training.optimizer": "muon",
 }
 TEXTS = {f"{name}.txt": f"the {name} fox jumps over the lazy dog\n" * 60 for name in "abcde"}

@@ -178,8 +178,11 @@ class DataConfig(Config):
     """What is read, and how much at a time."""
 
     # Free on resume: that the text is the same is checked by its fingerprint.
-    source: str = cosmetic("stdlib")
-    """Text: a file, a directory, a pattern, what `truestep prepare` wrote, or a built-in corpus."""
+    source: str | tuple[str, ...] = cosmetic("stdlib")
+    """Text: a file, directory, pattern, prepared or built-in corpus; or a list of these."""
+
+    weights: tuple[PositiveFloat, ...] | Literal["auto"] = trajectory("auto")
+    """Shares of several sources in what is trained on, one number each; auto: by their tokens."""
 
     validation: str = cosmetic("auto")
     """A text file or directory to validate on; auto: a tenth of the source, held out."""
@@ -190,8 +193,33 @@ class DataConfig(Config):
     tokenizer: str = trajectory("auto")
     """bytes, or bpe-N: N byte pairs learnt from the source. auto: as it was prepared, or bytes."""
 
+    document_mask: bool = trajectory(False)
+    """Read each document as if it were alone: no attention beyond it, positions from its start."""
+
     batch_size: int = trajectory(16, gt=0)
     """Windows in the global batch of one update."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All sources: one, or several that are mixed."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @field_validator("source")
+    @classmethod
+    def _check_sources(cls, source: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(source, str):
+            return source
+        for name in source:
+            if source.count(name) > 1:
+                raise ValueError(f"source={shown(name)} is named twice; name it once")
+        if not source:
+            raise ValueError("source=[] names no text; name one, or several")
+        return source if len(source) > 1 else source[0]
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _take_auto_from_a_list(cls, weights: Any) -> Any:
+        return "auto" if weights in (["auto"], ("auto",)) else weights  # as an option gives it
 
     @field_validator("tokenizer")
     @classmethod

@@ -66,7 +66,8 @@ def read_environment(config: type[Config], environ: Mapping[str, str]) -> dict[s
         for section in sections:
             table = table.setdefault(section, {})
         text = environ[variable]
-        table[key] = text if known[variable].type == "str" else _parse(text)
+        is_text = known[variable].type.startswith("str") and not text.startswith("[")
+        table[key] = text if is_text else _parse(text)
     return values
 
 

@@ -233,7 +233,7 @@ def nearest(
 
 
 def _type_text(annotation: Any) -> str:
-    """Return a type as the documentation shows it: `int`, `float or "off"`, `float, float`."""
+    """Return a type as the documentation shows it: `int`, `float or "off"`, `list of str`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_text(arguments[0])
@@ -241,6 +241,8 @@ def _type_text(annotation: Any) -> str:
         return " or ".join(json.dumps(value) for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_text(argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is ...:
+        return f"list of {_type_text(arguments[0])}"
     if origin is tuple:
         return ", ".join(_type_text(argument) for argument in arguments)
     return str(annotation.__name__)

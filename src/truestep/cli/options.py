@@ -1,10 +1,15 @@
 """The settings as command-line options, and errors about them."""
 
+import functools
+import operator
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+import types
+from copy import copy
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from cyclopts import CycloptsError, Group, MissingArgumentError, Parameter, UnusedCliTokensError
 from pydantic import ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from truestep.config import RunConfig
 from truestep.settings import Config, ConfigError, Problem, explain, section_of
@@ -26,12 +31,30 @@ def _options_of(config: type[Config]) -> type[Config]:
     for name, field in config.model_fields.items():
         section = section_of(field)
         if section is None:
-            fields[name] = (field.annotation, field)
+            fields[name] = _option_of(field)
         else:
             group = Group(_TITLES[name], sort_key=list(_TITLES).index(name))
             options = _options_of(section)
             fields[name] = (Annotated[options, Parameter(group=group)], options())
     return create_model(config.__name__, __base__=Config, **fields)
+
+
+def _option_of(field: FieldInfo) -> tuple[Any, FieldInfo]:
+    """Return type and field of an option: one that may be a list is given once for each value.
+
+    Or once for several numbers: what follows a text may be another argument.
+    """
+    annotation: Any = field.annotation
+    lists = [a for a in get_args(annotation) if get_origin(a) is tuple and get_args(a)[-1] is ...]
+    if not lists:
+        return annotation, field
+    item = get_args(lists[0])[0]
+    others = [other for other in get_args(annotation) if other is not lists[0]]
+    each = functools.reduce(operator.or_, others, item)
+    parameter = Parameter(consume_multiple=item is not str, negative_iterable=())
+    field = copy(field)
+    field.default = (field.default,)
+    return Annotated[types.GenericAlias(tuple, (each, ...)), parameter], field
 
 
 if TYPE_CHECKING:
@@ -48,12 +71,13 @@ def say(text: str) -> None:
     print_line(sys.stdout, printable(text))
 
 
-def given(options: Config, data: str | None) -> dict[str, Any]:
+def given(options: Config, data: tuple[str, ...]) -> dict[str, Any]:
     """Return what was given on the command line, nested; `data` is short for data.source."""
     explicit = options.model_dump(exclude_unset=True)
-    if data is not None:
+    if data:
         if (other := explicit.get("data", {}).get("source", data)) != data:
-            text = f"--data={data} and --data.source={other} name two texts; give one"
+            one, two = (" ".join(each) for each in (data, other))
+            text = f"--data={one} and --data.source={two} name two texts; give one"
             raise ConfigError([Problem((), text)])
         explicit.setdefault("data", {})["source"] = data
     return explicit

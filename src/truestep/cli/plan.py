@@ -38,7 +38,9 @@ def plan(
     config: Path | None = None,
     /,
     *,
-    data: Annotated[str | None, Parameter(alias="-d")] = None,
+    data: Annotated[
+        tuple[str, ...], Parameter(alias="-d", negative_iterable=(), show_default=False)
+    ] = (),
     minutes: Annotated[float | None, Parameter(validator=(Number(gt=0), _finite, _MINUTES))] = None,
     gpu: str | None = None,
     out: Annotated[Path | None, Parameter(alias="-o", validator=_new_file)] = None,
@@ -54,7 +56,8 @@ def plan(
     config
         A TOML or JSON file of settings.
     data
-        What to train on: a text file, a directory, or a built-in corpus. Short for --data.source.
+        What to train on: a text file, a directory, or a built-in corpus. Short for --data.source;
+        several, each with a --data of its own, are mixed by --data.weights.
     minutes
         Choose num_steps so that the run takes this long, from the command to its last update.
     gpu

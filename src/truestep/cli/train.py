@@ -28,7 +28,9 @@ def train(
     config: Path | None = None,
     /,
     *,
-    data: Annotated[str | None, Parameter(alias="-d")] = None,
+    data: Annotated[
+        tuple[str, ...], Parameter(alias="-d", negative_iterable=(), show_default=False)
+    ] = (),
     resume: str | None = None,
     override: Annotated[tuple[str, ...], Parameter(negative_iterable=())] = (),
     processes: int = 1,
@@ -44,7 +46,8 @@ def train(
     config
         A TOML or JSON file of settings.
     data
-        What to train on: a text file, a directory, or a built-in corpus. Short for --data.source.
+        What to train on: a text file, a directory, or a built-in corpus. Short for --data.source;
+        several, each with a --data of its own, are mixed by --data.weights.
     resume
         Go on with a run: its directory, or auto for the newest one (a new run, if there is none).
     override

@@ -1,6 +1,6 @@
 """Batches as a pure function of the step, and a thread that computes them ahead of time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -66,25 +66,24 @@ class WindowLoader:
 
     def batch_at(self, step: int, *, part: int = 0, parts: int = 1) -> Batch:
         """Return rows [part * B // parts, (part + 1) * B // parts) of a step's global batch."""
-        if not (1 <= parts <= self.batch_size and 0 <= part < parts):
-            raise ValueError(
-                f"part={part} of parts={parts} is not a part of batch_size={self.batch_size}; "
-                "use 0 <= part < parts <= batch_size"
-            )
-        first, end = (rows * self.batch_size // parts for rows in (part, part + 1))
-        windows = self._windows(step, first, end)
-        return _read_windows(self.split, windows, self.context_length, first)
+        first, end = rows_of_part(self.batch_size, part, parts)
+        start = step * self.batch_size
+        windows = self.windows_between(start + first, start + end)
+        return read_rows([(self.split, w) for w in windows.tolist()], self.context_length, first)
 
     def windows_at(self, step: int) -> Int64[np.ndarray, "B"]:
         """Return which windows the global batch of a step holds."""
-        return self._windows(step, 0, self.batch_size)
+        return self.windows_between(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def _windows(self, step: int, first: int, end: int) -> Int64[np.ndarray, "N"]:
-        """Return the windows of some rows of a step: a permuted place in the rows' epoch each."""
-        if step < 0:
-            raise ValueError(f"step={step} must be at least 0")
+    def windows_between(self, start: int, stop: int) -> Int64[np.ndarray, "N"]:
+        """Return the windows that positions start to stop - 1 read, counted from step 0.
+
+        Each is a permuted place in the epoch of its position.
+        """
+        if start < 0:
+            raise ValueError(f"step={start // self.batch_size} must be at least 0")
         windows = []
-        position, stop = step * self.batch_size + first, step * self.batch_size + end
+        position = start
         while position < stop:
             epoch, place = divmod(position, self.num_windows)
             places = np.arange(place, min(place + stop - position, self.num_windows))
@@ -174,8 +173,8 @@ def evaluation_batches(
     def batch_from(first: int) -> Batch:
         shares = range(first, min(first + batch_size, count))
         windows = [(2 * i + 1) * total // (2 * count) for i in shares]  # the middle of each
-        chosen = np.array(windows, dtype=np.int64)
-        return _read_windows(split, chosen, context_length, first, num_rows=batch_size)
+        rows = [(split, window) for window in windows]
+        return read_rows(rows, context_length, first, num_rows=batch_size)
 
     return (batch_from(first) for first in range(0, count, batch_size))
 
@@ -191,18 +190,30 @@ def _num_windows(split: Tokens, context_length: int) -> int:
     return -(-(len(split) - 1) // context_length)
 
 
-def _read_windows(
-    split: Tokens,
-    windows: Int64[np.ndarray, "N"],
+def rows_of_part(batch_size: int, part: int, parts: int) -> tuple[int, int]:
+    """Return the first row of a part of a global batch, and the row after its last.
+
+    Errors: ValueError for a part that such a batch does not have.
+    """
+    if not (1 <= parts <= batch_size and 0 <= part < parts):
+        raise ValueError(
+            f"part={part} of parts={parts} is not a part of batch_size={batch_size}; "
+            "use 0 <= part < parts <= batch_size"
+        )
+    return part * batch_size // parts, (part + 1) * batch_size // parts
+
+
+def read_rows(
+    windows: Sequence[tuple[Tokens, int]],
     context_length: int,
     index: int,
     num_rows: int | None = None,
 ) -> Batch:
-    """Return the windows as rows, with rows without targets up to `num_rows`."""
+    """Return windows, each of a split, as rows, with rows without targets up to `num_rows`."""
     shape = (num_rows or len(windows), context_length)
     tokens = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    for row, window in enumerate(windows.tolist()):
+    for row, (split, window) in enumerate(windows):
         start = window * context_length
         ids = split.read(start, min(start + context_length + 1, len(split)))
         tokens[row, : ids.size - 1] = ids[:-1]

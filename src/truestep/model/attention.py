@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from truestep.model.layers import Linear, RMSNorm
@@ -75,6 +75,10 @@ class RotaryPositions(nn.Module):
         """Return cosines and sines (T, 1, D/2) of positions `start` to `end`."""
         return self.cos[start:end, None], self.sin[start:end, None]
 
+    def at(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (B, T, 1, D/2) of positions."""
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
 
 def rotate(x: Float[Tensor, "B T H D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H D"]:
     """Turn each pair of features by the angle of its position, in the dtype of the tables."""
@@ -87,17 +91,23 @@ def attend(
     queries: Float[Tensor, "B H T D"],
     keys: Float[Tensor, "B G S D"],
     values: Float[Tensor, "B G S D"],
+    starts: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H T D"]:
     """Return for each query the average of the values up to it, weighted by softmax(q·k/√D).
 
-    The T queries are the last of the S positions; each of G key heads serves H/G query heads.
+    The T queries are the last of the S positions; each of G key heads serves H/G query heads. With
+    `starts`, where T = S, a query sees no key before its start.
     """
     num_queries, num_keys = queries.shape[2], keys.shape[2]
     bfloat16_on_cpu = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
     if bfloat16_on_cpu and num_keys <= _PLAIN_KEYS:
-        return _attend_by_matmuls(queries, keys, values)
+        return _attend_by_matmuls(queries, keys, values, starts)
     mask = None
-    if 1 < num_queries < num_keys:
+    if starts is not None:
+        places = torch.arange(num_keys, device=queries.device)
+        seen = (places >= starts[:, :, None]) & (places <= places[:, None])  # (B, T, S)
+        mask = seen[:, None]
+    elif 1 < num_queries < num_keys:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device)
         mask = mask.tril(num_keys - num_queries)
     return F.scaled_dot_product_attention(
@@ -105,18 +115,20 @@ def attend(
         keys,
         values,
         attn_mask=mask,
-        is_causal=num_queries == num_keys,
+        is_causal=mask is None and num_queries == num_keys,
         enable_gqa=keys.shape[1] != queries.shape[1],
     )
 
 
-def _attend_by_matmuls(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_by_matmuls(
+    queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None
+) -> Tensor:
     """Attend with plain matrix products; torch's softmax of bfloat16 computes in float32."""
     groups = queries.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     queries = queries / math.sqrt(queries.shape[3])
-    output: Tensor = _BlockedAttention.apply(queries, keys, values)  # type: ignore[no-untyped-call]
+    output: Tensor = _BlockedAttention.apply(queries, keys, values, starts)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -133,6 +145,7 @@ class _BlockedAttention(torch.autograd.Function):
         queries: Float[Tensor, "B H T D"],
         keys: Float[Tensor, "B H S D"],
         values: Float[Tensor, "B H S D"],
+        starts: Int[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B H T D"]:
         before = keys.shape[2] - queries.shape[2]
         size = max(_MIN_BLOCK, -(-queries.shape[2] // _QUERY_BLOCKS))
@@ -142,6 +155,10 @@ class _BlockedAttention(torch.autograd.Function):
             seen = before + end  # by the last query of the block
             future = block.new_full((end - start, seen), -math.inf).triu(before + start + 1)
             scores = block @ keys[:, :, :seen].transpose(2, 3) + future  # (B, H, block, seen)
+            if starts is not None:
+                places = torch.arange(seen, device=keys.device)
+                past = places < starts[:, start:end, None]  # (B, block, seen)
+                scores = scores.masked_fill(past[:, None], -math.inf)
             shares.append(scores.softmax(dim=-1))
             outputs.append(shares[-1] @ values[:, :, :seen])
             start = end
@@ -149,7 +166,7 @@ class _BlockedAttention(torch.autograd.Function):
         return torch.cat(outputs, dim=2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "B H T D"]) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Float[Tensor, "B H T D"]) -> tuple[Tensor, Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # create_graph=True, but the shares have no graph
             raise RuntimeError("attention by blocks can be differentiated once; use float32")
         queries, keys, values, *shares = ctx.saved_tensors
@@ -165,7 +182,7 @@ class _BlockedAttention(torch.autograd.Function):
             query_grads.append(score_grad @ keys[:, :, :seen])
             key_grads.append(score_grad.transpose(2, 3) @ block)
             value_grads.append(share.transpose(2, 3) @ block_grad)
-        return torch.cat(query_grads, dim=2), _add_up(key_grads), _add_up(value_grads)
+        return torch.cat(query_grads, dim=2), _add_up(key_grads), _add_up(value_grads), None
 
 
 def _add_up(parts: list[Tensor]) -> Tensor:
@@ -201,9 +218,13 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, qk_norm_eps)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: tuple[Tensor, Tensor], cache: KVCache | None
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        starts: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return what each position reads from itself and the ones before it."""
+        """Return what each position reads from itself and the ones before it, from its start."""
         heads = (-1, self.head_dim)
         queries = rotate(self.q_norm(self.q(x).unflatten(-1, heads)), *rotation)  # (B, T, H, D/H)
         keys = rotate(self.k_norm(self.k(x).unflatten(-1, heads)), *rotation)
@@ -211,5 +232,5 @@ class Attention(nn.Module):
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         if cache is not None:
             keys, values = cache.extend(self, keys, values)
-        output: Tensor = self.o(attend(queries, keys, values).transpose(1, 2).flatten(2))
+        output: Tensor = self.o(attend(queries, keys, values, starts).transpose(1, 2).flatten(2))
         return output

@@ -31,10 +31,14 @@ class Block(nn.Module):
         self.dropout = _dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: tuple[Tensor, Tensor], cache: KVCache | None
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        starts: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the residual stream after this layer."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, cache, starts))
         output: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return output
 
@@ -102,10 +106,15 @@ class GPT(nn.Module):
         return [*self.layers, self.norm]
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"] | DeferredLogits:
         """Return the logits of the token after each; with a cache, `tokens` continue what it holds.
 
+        With `positions`, 0 where a document begins and one more at each token after it, every
+        document is read as if it were alone.
         In training mode a vocabulary of DEFERRED_VOCAB_SIZE or more gives DeferredLogits.
         """
         start = 0 if cache is None else cache.length
@@ -118,9 +127,14 @@ class GPT(nn.Module):
         dtype = _compute_dtype(self.embedding.weight)
         with torch.autocast(tokens.device.type, enabled=False):
             x = self.dropout(self.embedding(tokens).to(dtype))  # (B, T, D)
-            rotation = self.rotary(start, end)
+            starts = None
+            if positions is None:
+                rotation = self.rotary(start, end)
+            else:
+                rotation = self.rotary.at(positions)
+                starts = torch.arange(end, device=tokens.device) - positions  # of each document
             for layer in self.layers:
-                x = layer(x, rotation, cache)
+                x = layer(x, rotation, cache, starts)
             x = self.norm(x)
             if cache is not None:
                 cache.length = end

@@ -37,9 +37,9 @@ class InspectedDocument:
 class InspectedWindow:
     """One row of a step's global batch.
 
-    `window` is its number in the split. `pieces` is the text that each of its T + 1 tokens adds;
-    the loss at t, in nats, is that of token t + 1, if this is a target: padding is not. `ends` are
-    the tokens, 0 to T, that end a document.
+    `window` is its number in the split, that of `source` where there are several. `pieces` is the
+    text that each of its T + 1 tokens adds; the loss at t, in nats, is that of token t + 1, if this
+    is a target: padding is not. `ends` are the tokens, 0 to T, that end a document.
     """
 
     row: int
@@ -49,6 +49,7 @@ class InspectedWindow:
     losses: Float[np.ndarray, "T"]
     is_target: Bool[np.ndarray, "T"]
     ends: frozenset[int] = frozenset()
+    source: str | None = None
 
     @property
     def mean_loss(self) -> float:
@@ -197,7 +198,9 @@ def _heading(what: str, shown: int, total: int) -> str:
 
 
 def _window_lines(window: InspectedWindow) -> Iterator[str]:
-    yield f"{window.mean_loss:8.3f}  row {window.row}, window {window.window:,}"
+    source = "" if window.source is None else f" of {printable_line(window.source)}"
+    text = f"{window.mean_loss:8.3f}  row {window.row}, window {window.window:,}{source}"
+    yield _fit_start(text, COLUMNS)
     documents = window.document_losses()
     if (more := len(documents) - _MAX_DOCUMENTS) > 0:
         documents.sort(key=lambda pair: _badness(pair[1]), reverse=True)

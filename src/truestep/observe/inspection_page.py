@@ -233,10 +233,11 @@ def _window(window: InspectedWindow, marked: set[str]) -> str:
     total = len(window.losses)
     shown = "".join(window.pieces[: window.stop])
     kind = ' class="short"' if len(shown) < _SHORT_LINE * shown.count("\n") else ""
+    source = "the text" if window.source is None else line(window.source)
     cut = f", the first {MAX_TOKENS:,} of its {total:,} tokens" if total > MAX_TOKENS else ""
     return (
         f'<section id="w{window.row}"><h3>{window.mean_loss:.3f} nats <span class="note">row '
-        f"{window.row}, window {window.window:,} of the text{cut}</span></h3>"
+        f"{window.row}, window {window.window:,} of {source}{cut}</span></h3>"
         f"<ul>{documents}</ul>"
         f"<pre{kind}>{''.join(_tokens(window, marked))}</pre></section>"
     )

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 METRICS = "metrics.jsonl"  # in the directory of a run
+SOURCE_LOSS = "validation_loss/"  # and the name of one of several sources
 
 Column = Shaped[np.ndarray, "N"]
 

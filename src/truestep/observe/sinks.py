@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from truestep.observe.log import read_records
-from truestep.observe.text import encodable
+from truestep.observe.log import SOURCE_LOSS, read_records
+from truestep.observe.text import encodable, printable_line
 from truestep.storage import LOCAL, Storage, StorageError, replace_file
 
 _READER_GONE = {errno.EPIPE, errno.EIO}  # a closed pipe, a closed terminal
@@ -41,6 +41,11 @@ def format_record(record: Mapping[str, Any]) -> str:
     """Return a training or validation record as one plain line."""
     parts = [f"step {record['step']}"]
     parts += [form.format(record[name]) for name, form in _FORMATS.items() if name in record]
+    parts += [
+        f"{printable_line(name.removeprefix(SOURCE_LOSS))} {value:.4f}"
+        for name, value in record.items()
+        if name.startswith(SOURCE_LOSS)
+    ]
     if record.get("skipped"):
         parts.append("update skipped")
     return "  ".join(parts)

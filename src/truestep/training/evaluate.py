@@ -3,8 +3,8 @@
 import functools
 import math
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -30,12 +30,15 @@ class Evaluation:
     """A validation result.
 
     `loss` is the mean over every target of every batch, in nats. `bits_per_byte` is the whole cost
-    of the targets over the bytes of text they stand for: comparable between tokenizers.
+    of the targets over the bytes of text they stand for, `num_bytes`: comparable between
+    tokenizers. `by_source` has the loss of each of several sources.
     """
 
     loss: float
     num_tokens: int
     bits_per_byte: float | None
+    num_bytes: int = 0
+    by_source: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -81,4 +84,27 @@ def evaluate(
         losses = processes.sum(torch.tensor(losses, dtype=torch.float64, device=device)).tolist()
     total = functools.reduce(operator.add, losses)  # not `sum`, which compensates since Python 3.12
     bits = total / math.log(2) / num_bytes if num_bytes else None
-    return Evaluation(total / num_tokens, num_tokens, bits)
+    return Evaluation(total / num_tokens, num_tokens, bits, num_bytes)
+
+
+def weighted(evaluations: Mapping[str, Evaluation], weights: Sequence[float]) -> Evaluation:
+    """Return the loss of a token drawn from sources in proportion to weights; of one, its own.
+
+    However much of each was evaluated.
+    """
+    if len(evaluations) == 1:
+        return next(iter(evaluations.values()))
+    results, total = list(evaluations.values()), math.fsum(weights)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / total
+
+    loss = mean(result.loss for result in results)
+    bytes_per_token = mean(result.num_bytes / result.num_tokens for result in results)
+    return Evaluation(
+        loss,
+        sum(result.num_tokens for result in results),
+        loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        sum(result.num_bytes for result in results),
+        {name: result.loss for name, result in evaluations.items()},
+    )

@@ -2,7 +2,6 @@
 
 import contextlib
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,12 +13,9 @@ import truestep
 from truestep import compiler, runtime
 from truestep.batch import Batch
 from truestep.config import GPTConfig, RunConfig
-from truestep.data.bpe import BytePairTokenizer
-from truestep.data.corpus import Say, is_pattern
-from truestep.data.loader import WindowLoader
-from truestep.data.prepare import prepare_once
-from truestep.data.tokenizer import DEFINITION, ByteTokenizer, Tokenizer, find_tokenizer
-from truestep.data.tokens import PreparedData, open_prepared
+from truestep.data.corpus import Say
+from truestep.data.mixture import MixtureLoader
+from truestep.data.tokenizer import Tokenizer
 from truestep.distributed import process
 from truestep.gpus import GPU
 from truestep.machine import free_bytes, processor_name
@@ -31,6 +27,13 @@ from truestep.training.micro_batch import micro_batch_that_fits
 from truestep.training.trainer import Trainer
 from truestep.workflows.resources import run_flops
 from truestep.workflows.run import RunError, read_run_config, read_run_facts, read_tokenizer
+from truestep.workflows.sources import (
+    Sources,
+    absolute_paths,
+    data_facts,
+    document_end,
+    open_data,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Training:
     """Everything a run trains with; `config` has every auto in plain values."""
 
     config: RunConfig
-    data: PreparedData
-    loader: WindowLoader
+    data: Sources
+    loader: MixtureLoader
     model: GPT
     trainer: Trainer
     facts: dict[str, Any]
@@ -86,18 +89,22 @@ def build(
     config = config.model_copy(
         update={
             "model": _with_vocabulary(config.model, data.tokenizer),
-            "data": config.data.model_copy(update={"tokenizer": data.tokenizer.name}),
+            "data": config.data.model_copy(
+                update={"tokenizer": data.tokenizer.name, "weights": data.weights}
+            ),
         }
     )
     if trains and place.rank == 0:
         _require_room_for_the_model(config, device, free_bytes(device))
     elif gpu is not None:
         _require_room_for_the_model(config, torch.device("cuda"), gpu.memory_bytes)
-    loader = WindowLoader(
+    loader = MixtureLoader(
         data.train,
+        data.weights,
         context_length=config.model.context_length,
         batch_size=config.data.batch_size,
         seed=config.training.seed,
+        document_end=document_end(config, data.tokenizer),
     )
     first = loader.batch_at(0, part=place.rank, parts=place.size)
     model, trainer = build_trainer(config)
@@ -109,7 +116,7 @@ def build(
         update={
             "training": trainer.config,
             "model": model.config,
-            "data": config.data.model_copy(update=_absolute_paths(config)),
+            "data": config.data.model_copy(update=absolute_paths(config)),
             "run": config.run.model_copy(
                 update={
                     "device": str(device) if place.local_size == 1 else device.type,
@@ -192,78 +199,7 @@ def _own_tokenizer(existing: Path, say: Say) -> Tokenizer | None:
         return None
 
 
-def open_data(
-    config: RunConfig, runs: Path, say: Say, own: Tokenizer | None = None
-) -> PreparedData:
-    """Return a run's data, prepared once below the directory of runs; `own` is its tokenizer.
-
-    Without it, or if the settings name another, one is learnt from the text.
-    Errors: CorpusError or StorageError for a source that does not serve.
-    """
-    name, source = config.data.tokenizer, config.data.source
-    directory = prepare_once(
-        source,
-        runs / ".data",
-        tokenizer=ByteTokenizer() if name == "auto" else find_tokenizer(name),
-        learnt=own if isinstance(own, BytePairTokenizer) and own.name == name else None,
-        validation=config.data.validation,
-        text_field=config.data.text_field,
-        say=say,
-    )
-    data = open_prepared(directory)
-    if name not in {"auto", data.tokenizer.name}:
-        raise RunError(
-            f"data.tokenizer={name}, but {source} was prepared with {data.tokenizer.name}; leave "
-            "it at auto, or prepare the text again"
-        )
-    return data
-
-
-def data_facts(source: str, data: PreparedData) -> dict[str, str]:
-    """Return what must be the same wherever a run goes on, and the name for it."""
-    return {
-        "data_source": source,
-        "data_fingerprint": data.fingerprint,
-        "tokenizer_fingerprint": data.tokenizer.fingerprint,
-    }
-
-
-def require_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse other text, or other ids for it, than a run began with; both are `data_facts`.
-
-    Errors: RunError naming the source and both fingerprints.
-    """
-    for name, what, remedy in (
-        (
-            "data_fingerprint",
-            "is not the text this run began with, or a file has another name",
-            "restore it",
-        ),
-        (
-            "tokenizer_fingerprint",
-            "is not read with the tokenizer this run began with",
-            f"restore {DEFINITION} in the run, or in a prepared source",
-        ),
-    ):
-        before, after = str(saved.get(name, now[name])), now[name]
-        if before != after:
-            raise RunError(
-                f"data.source={now['data_source']} {what} (fingerprint {before[:12]}, now "
-                f"{after[:12]}); {remedy}, or start a new run"
-            )
-
-
-def _absolute_paths(config: RunConfig) -> dict[str, str]:
-    """Return the paths of the data as a resumed run finds them from any directory."""
-    paths = {"source": config.data.source, "validation": config.data.validation}
-    return {
-        name: str(Path(path).resolve())
-        for name, path in paths.items()
-        if Path(path).exists() or is_pattern(path)
-    }
-
-
-def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str, Any]:
+def _facts(config: RunConfig, trainer: Trainer, data: Sources) -> dict[str, Any]:
     """Return what `manifest.json` and every checkpoint say beside the settings."""
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return {
@@ -274,9 +210,9 @@ def _facts(config: RunConfig, trainer: Trainer, data: PreparedData) -> dict[str,
         "device": config.run.device,
         "processes": trainer.processes.size,
         "precision": trainer.precision,
-        **data_facts(config.data.source, data),
-        "train_tokens": len(data.train),
-        "validation_tokens": len(data.validation),
+        **data_facts(config, data),
+        "train_tokens": data.train_tokens,
+        "validation_tokens": data.validation_tokens,
         "num_parameters": parameters,
         "flops_per_token": trainer.facts.flops_per_token if trainer.facts else None,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

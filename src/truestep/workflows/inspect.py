@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 
 from truestep.data.corpus import Say
+from truestep.data.mixture import Row
 from truestep.data.tokens import TokenSplit
 from truestep.observe.inspection import InspectedDocument, InspectedWindow, Inspection
 from truestep.workflows.build import Training
@@ -32,8 +33,8 @@ def inspect_step(directory: Path, step: int, say: Say) -> Inspection:
     run_to(training, step - 1, say)
     losses = training.trainer.token_losses(batch)
     windows = tuple(
-        _inspected(training, row, window, losses[row].double().cpu().numpy())
-        for row, window in enumerate(training.loader.windows_at(step - 1).tolist())
+        _inspected(training, number, row, losses[number].double().cpu().numpy())
+        for number, row in enumerate(training.loader.rows_at(step - 1))
     )
     return Inspection(
         run=str(directory),
@@ -47,20 +48,21 @@ def inspect_step(directory: Path, step: int, say: Say) -> Inspection:
 
 
 def _inspected(
-    training: Training, row: int, window: int, losses: Float[np.ndarray, "T"]
+    training: Training, number: int, row: Row, losses: Float[np.ndarray, "T"]
 ) -> InspectedWindow:
-    split, tokenizer = training.data.train, training.data.tokenizer
-    start = window * training.loader.context_length
+    split, tokenizer = training.data.train[row.source], training.data.tokenizer
+    start = row.window * training.loader.context_length
     ids = split.read(start, min(start + len(losses) + 1, len(split)))  # the last one is short
     ends = np.flatnonzero(ids == tokenizer.end_of_document).tolist()
     return InspectedWindow(
-        row=row,
-        window=window,
+        row=number,
+        window=row.window,
         documents=_documents(split, start, [0, *(end + 1 for end in ends if end + 1 < len(ids))]),
         pieces=tuple(tokenizer.pieces(ids)),
         losses=losses[: len(ids) - 1],
         is_target=np.ones(len(ids) - 1, dtype=bool),
         ends=frozenset(ends),
+        source=row.source if len(training.data.prepared) > 1 else None,
     )
 
 

@@ -5,7 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from truestep.machine import device_name, peak_bytes
 from truestep.storage import LOCAL, replace_file, unfinished
 from truestep.training.estimate import Estimate, computed_estimate, estimate
 from truestep.training.schedule import resolve_decay_steps
-from truestep.workflows.build import Training, build, open_data
+from truestep.workflows.build import Training, build
 from truestep.workflows.run import RunError
 from truestep.workflows.session import Session
+from truestep.workflows.sources import open_data
 
 _ROUNDS = 3  # of validation, save and step: W2's peak grows with them, 1,131 to 1,203 MiB
 COMPILED = {"on": "compiled", "layers": "compiled by layers", "off": "not compiled"}
@@ -34,7 +35,8 @@ class Plan:
 
     `start` is from the command to the first step, of text that is prepared; `validation` that of
     each on the way, `last_validation` of that after the last update, over all of the text. What
-    was `computed` knows none of them. `train_tokens` is all the text there is.
+    was `computed` knows none of them. `train_tokens` is all the text there is; `shares` has, of
+    several sources, the share of the windows and the tokens of each.
     """
 
     config: RunConfig
@@ -45,6 +47,7 @@ class Plan:
     peak_bytes: int | None
     machine: str
     train_tokens: int
+    shares: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     computed: bool = False
 
     def seconds(self, num_steps: int) -> float:
@@ -114,8 +117,8 @@ def _plan_of_prepared(config: RunConfig, say: Say, loaded_in: float = 0.0) -> Pl
     validation, last = _seconds_of_validations(training)
     _train_beside_a_copy(training)
     machine, peak = device_name(trainer.device), peak_bytes(trainer.device)
-    tokens = len(training.data.train)
-    return Plan(planned, found, start, validation, last, peak, machine, tokens)
+    tokens, shares = training.data.train_tokens, training.data.shares()
+    return Plan(planned, found, start, validation, last, peak, machine, tokens, shares)
 
 
 def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
@@ -171,8 +174,8 @@ def plan_on(config: RunConfig, gpu: GPU, say: Say) -> Plan:
         update={"training": there, "model": training.config.model, "data": training.config.data}
     )
     machine = f"{gpu.title}, by its data sheet"
-    tokens = len(training.data.train)
-    return Plan(planned, found, 0.0, 0.0, 0.0, peak, machine, tokens, computed=True)
+    tokens, shares = training.data.train_tokens, training.data.shares()
+    return Plan(planned, found, 0.0, 0.0, 0.0, peak, machine, tokens, shares, computed=True)
 
 
 def plan_within(config: RunConfig, seconds: float, say: Say, loaded_in: float = 0.0) -> Plan:
@@ -267,7 +270,7 @@ def _seconds_of_validations(training: Training) -> tuple[float, float]:
             session.wait()
         on_the_way = statistics.median(times)
     windows = run.evaluation_windows * training.config.model.context_length
-    over_all = over_windows * max(1.0, len(training.data.validation) / windows)
+    over_all = over_windows * max(1.0, training.data.validation_tokens / windows)
     ranking = over_windows if run.keep_best_checkpoints else 0.0  # is over the same as before
     return on_the_way, on_the_way - over_windows + over_all + ranking
 

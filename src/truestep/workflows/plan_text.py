@@ -47,6 +47,9 @@ def lines_of(plan: Plan, price_per_hour: float | None = None) -> Iterator[str]:
         f"text        {plan.train_tokens:,} tokens of {config.data.tokenizer}, "
         f"{config.model.vocab_size:,} ids; read {times:,.2f} times"
     )
+    for name, (share, available) in plan.shares.items():
+        times = steps * found.tokens_per_step * share / available
+        yield f"            {share:.1%} of {name}, {available:,} tokens; read {times:,.2f} times"
     seconds = plan.seconds(steps)
     if plan.computed:
         yield (

@@ -17,11 +17,11 @@ from truestep.workflows.build import (
     Training,
     build,
     build_trainer,
-    require_same_data,
     say_what_changed,
 )
 from truestep.workflows.history import config_at, count_skipped, next_change, settings_of
 from truestep.workflows.run import CHECKPOINTS, RunError, read_run_facts
+from truestep.workflows.sources import require_same_data
 
 # What must have the same bits; the rest of a record depends on the clock.
 _COMPARED = ("batch_hash", "learning_rate", "num_tokens", "loss", "grad_norm", "skipped")

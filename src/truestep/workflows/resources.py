@@ -52,8 +52,8 @@ def _with_vocabulary(config: RunConfig) -> GPTConfig:
 
 def _vocab_size(data: DataConfig) -> int:
     """Return how many ids the tokenizer has, or at most will have."""
-    if is_prepared(data.source):
-        return open_prepared(Path(data.source)).tokenizer.vocab_size
+    if is_prepared(data.sources[0]):
+        return open_prepared(Path(data.sources[0])).tokenizer.vocab_size
     if data.tokenizer == "auto":
         return ByteTokenizer.vocab_size
     return find_tokenizer(data.tokenizer).vocab_size

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,12 @@ def _write_and_forget(directory: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def claim_directory(settings: RunSettings, source: str) -> Path:
+def claim_directory(settings: RunSettings, sources: Sequence[str]) -> Path:
     """Make the directory of a new run and return it; two processes never get the same."""
+    source = sources[0]
     root = Path(settings.directory)
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(source).stem).strip("-")
+    stem += "-mix" if len(sources) > 1 else ""
     number = 1
     while True:
         named = settings.name != "auto"

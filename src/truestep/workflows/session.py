@@ -14,14 +14,14 @@ from truestep.data.corpus import Say
 from truestep.machine import measure_peak_flops
 from truestep.metrics import StepMetrics
 from truestep.observe.display import Display, open_display
-from truestep.observe.log import METRICS, read_records
+from truestep.observe.log import METRICS, SOURCE_LOSS, read_records
 from truestep.observe.sinks import JsonlSink
 from truestep.observe.spikes import SpikeWatch
 from truestep.training.companion import every
 from truestep.training.evaluate import Evaluation
 from truestep.training.trainer import Trainer
 from truestep.workflows.build import Training
-from truestep.workflows.evaluate import batches_to_evaluate
+from truestep.workflows.evaluate import evaluate_sources
 from truestep.workflows.history import record_changes
 from truestep.workflows.run import CHECKPOINTS, SAMPLES, write_run_files
 from truestep.workflows.trained import write_text
@@ -160,7 +160,9 @@ class Session:
         if not stopping:
             result = self.evaluate(None if last else run.evaluation_windows)
             record: dict[str, Any] = {"step": step, "validation_loss": result.loss}
-            trainer.log({**record, "validation_bits_per_byte": result.bits_per_byte})
+            by_source = {f"{SOURCE_LOSS}{name}": loss for name, loss in result.by_source.items()}
+            bits = {"validation_bits_per_byte": result.bits_per_byte}
+            trainer.log({**record, **bits, **by_source})
             self._write_sample(step)
         if run.keep_best_checkpoints:
             if last or stopping:  # comparable with those before only over the same windows
@@ -171,10 +173,9 @@ class Session:
 
     def evaluate(self, num_windows: int | None) -> Evaluation:
         """Return the loss over so many windows of the validation text; None: over all of it."""
-        config, data = self.training.config, self.training.data
-        batches = batches_to_evaluate(config, data.validation, num_windows)
-        token_bytes = torch.from_numpy(data.tokenizer.token_bytes)
-        return self.training.trainer.evaluate(batches, token_bytes=token_bytes)
+        training = self.training
+        evaluate = training.trainer.evaluate
+        return evaluate_sources(training.config, training.data, num_windows, evaluate)
 
     def _write_sample(self, step: int) -> None:
         run, training = self.training.config.run, self.training

@@ -23,7 +23,7 @@ from truestep.observe.sinks import as_json
 from truestep.shell import command
 from truestep.storage import DISK_FULL, StorageError, explain
 from truestep.training.diagnosis import NonFiniteError
-from truestep.workflows.build import Training, build, require_same_data, say_what_changed
+from truestep.workflows.build import Training, build, say_what_changed
 from truestep.workflows.history import (
     count_skipped,
     forget_changes,
@@ -45,6 +45,7 @@ from truestep.workflows.run import (
 )
 from truestep.workflows.session import Follower, Session
 from truestep.workflows.signals import stopped_by_signals
+from truestep.workflows.sources import epochs_text, require_same_data
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
     trainer, place = training.trainer, training.trainer.processes
 
     def claimed() -> str:
-        directory = existing or claim_directory(config.run, config.data.source)
+        directory = existing or claim_directory(config.run, config.data.sources)
         place.remember("run", str(directory))
         return str(directory)
 
@@ -124,6 +125,8 @@ def _train(config: RunConfig, existing: Path | None, say: Say) -> Outcome:
             raise
         session.save()
         session.close()
+        if len(training.data.prepared) > 1:
+            say(epochs_text(training.loader, trainer.step))
         if trainer.step and place.rank == 0:
             draw_plots(directory)
             write_report(directory)

@@ -36,6 +36,7 @@ from truestep.workflows.run import (
     read_run_facts,
     read_tokenizer,
 )
+from truestep.workflows.sources import source_fingerprints
 
 _IDS_AT_A_TIME = 2**20
 
@@ -87,10 +88,11 @@ def _run_checks(run: Path) -> Iterator[Check]:
         yield f"{CHECKPOINTS}/{path.name}", partial(_check_kept, path)
     for path in sorted((run / BUNDLES).glob("[!.]*")):
         yield f"{BUNDLES}/{path.name}", partial(_check_bundle, path)
-    if data := _data_of(run):
-        for name, check in _data_checks(data):
-            yield f"{data}: {name}", check
-    else:
+    data = _data_of(run)
+    for directory in data:
+        for name, check in _data_checks(directory):
+            yield f"{directory}: {name}", check
+    if not data:
         yield "data", lambda: "not checked: what the run prepared from its text is not here"
 
 
@@ -199,15 +201,17 @@ def _check_split(directory: Path, name: str, damaged: list[str]) -> str:
     return f"{count(len(split), 'id')} in {count(split.num_documents, 'document')}"
 
 
-def _data_of(run: Path) -> Path | None:
-    """Return where a run's prepared data lies, if it is still there."""
+def _data_of(run: Path) -> list[Path]:
+    """Return where the prepared data of each of a run's sources lies, if it is still there."""
     try:
-        source = Path(read_run_config(run).data.source)
+        sources = read_run_config(run).data.sources
     except (ValueError, OSError):
-        return None
-    if is_prepared(source):
-        return source
-    fingerprint = str(read_run_facts(run).get("data_fingerprint"))[:12]
-    if not fingerprint.isalnum():
-        return None
-    return next(iter(sorted(run.parent.glob(f".data/*-{fingerprint}"))), None)
+        return []
+    fingerprints = source_fingerprints(read_run_facts(run))
+    found = []
+    for number, source in enumerate(sources):
+        if is_prepared(source):
+            found.append(Path(source))
+        elif number < len(fingerprints) and fingerprints[number][:12].isalnum():
+            found += sorted(run.parent.glob(f".data/*-{fingerprints[number][:12]}"))[:1]
+    return found
