@@ -52,16 +52,16 @@ class Session:
         """Open files and display, and give them to the trainer."""
         directory, training = self._directory, self.training
         config, trainer = training.config, training.trainer
+        peak = measure_peak_flops(
+            trainer.device,
+            torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32,
+        )
         with contextlib.ExitStack() as stack:
             self.display = display or open_display(
                 config.training.num_steps,
                 every=config.run.log_every,
                 flops_per_token=trainer.facts.flops_per_token if trainer.facts else None,
-                peak_flops_per_second=trainer.processes.size
-                * measure_peak_flops(
-                    trainer.device,
-                    torch.bfloat16 if trainer.precision == "bfloat16" else torch.float32,
-                ),
+                peak_flops_per_second=peak and peak * trainer.processes.size,
             )
             stack.callback(self.display.close)
             say = self.say = self.display.say
