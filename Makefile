@@ -51,6 +51,7 @@ docs: $(VENV)/train.stamp
 	$(BIN)/python docs/make_reliability.py
 	$(BIN)/python docs/make_performance.py
 	$(BIN)/python docs/make_recipes.py
+	$(BIN)/python docs/make_scaling.py
 	$(BIN)/python docs/draw_performance.py
 
 bench: $(VENV)/train.stamp

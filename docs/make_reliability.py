@@ -20,7 +20,8 @@ The state of a run is its parameters with persistent buffers, its optimizer's st
 | one process on a CPU, `deterministic` on (the default there), same build of torch, thread count, compilation and precision (all kept with the run and applied again) | yes: `test_resume`, `test_compile`, `test_replay` |
 | another kind of CPU, another torch | not promised; said on resume |
 | one GPU, `deterministic` on | yes, seen on one H200 with torch 2.11, compiled or not: `test_cuda`, skipped where there is none |
-| several processes | not there yet |
+| 1, 2, 4 or 8 processes on one machine's CPU, `reduction = "exact"` | yes, also from one number to another: `test_parallel`, `test_launch` |
+| several processes, `reduction = "fast"` | up to the order of sums |
 
 ## Faults
 
@@ -35,7 +36,7 @@ NOT_SHOWN = """
 
 - **Power loss is modelled**, not real: the model drops and reorders everything that POSIX lets a disk drop and reorder of what was not synced, garbage included. A disk that lies about fsync is outside of it.
 - **A network file system** was not at hand; **a GPU** was, for a quarter of an hour: `test_cuda` passed on it (steps that never wait for the device, memory that truly ends in a step, runs that resume with the same bits); what else an accelerator does, records that come a step late or a flag on the device, is played on a CPU.
-- **A rank that dies or stalls, another world size**: there is one process so far.
+- **Several machines, or several GPUs**: processes that die or stall, and other numbers of them, were seen on one machine's CPU only (`test_launch`, `test_parallel`).
 - **A flipped bit in a token shard** whose size is right is found by `truestep verify` (sha256), not while training reads it; an id outside the vocabulary, or a shard cut short, is found at once.
 - **Memory that runs out** was shown on a CPU under a limit of address space; the kernel's own OOM killer is a SIGKILL, and shown as that.
 - A log whose end holds garbage after a power loss **before the first checkpoint** is refused, with the line to remove.

@@ -451,6 +451,21 @@ def test_a_taken_name_is_refused_with_the_way_to_go_on(capsys):
     assert "--resume runs/mine" in capsys.readouterr().err
 
 
+def test_a_run_that_was_killed_as_it_began_begins_again_under_its_name(capsys):
+    for leftovers in ([], [".lock", "manifest.json", "tokenizer.json"]):
+        directory = Path("runs") / f"mine-{len(leftovers)}"
+        directory.mkdir(parents=True)
+        for name in leftovers:
+            (directory / name).touch()
+        assert train("--run.name", directory.name, "--resume", "auto") == 0
+        assert "starting a new one" in capsys.readouterr().out
+        assert (directory / "report.html").exists()
+    (Path("runs") / "notes").mkdir()
+    (Path("runs") / "notes" / "todo.txt").touch()
+    assert train("--run.name", "notes", "--resume", "auto") == 2
+    assert "run.name=notes: runs/notes exists already" in capsys.readouterr().err
+
+
 def test_help_version_and_wrong_commands(capsys):
     assert main(["--help"]) == 0
     assert "Train a model on text" in capsys.readouterr().out

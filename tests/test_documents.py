@@ -73,6 +73,42 @@ def test_the_page_of_recipes_is_made_from_the_figures():
     assert (ROOT / "docs" / "recipes.md").read_text() == maker.make_recipes()
 
 
+def test_the_page_on_scaling_is_made_from_its_model():
+    maker = load(ROOT / "docs" / "make_scaling.py")
+    assert (ROOT / "docs" / "scaling.md").read_text() == maker.make_scaling()
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("124M", 8), ("1.3B", 64), ("1.3B", 256), ("7B", 1024)])
+@pytest.mark.parametrize("links", [1, 8])
+def test_the_model_of_scaling_comes_to_what_a_play_of_its_messages_does(name, gpus, links):
+    maker = load(ROOT / "docs" / "make_scaling.py")
+    of = next(each for each in maker.MODELS if each.name == name)
+    tokens, size = of.batch // gpus, 4 * of.parameters
+    # A ring in each node, one over the nodes for each eighth, and a ring in each node again.
+    nodes, seconds, sent = gpus // 8, 0.0, 0.0
+    for members, part, rate in (
+        (8, size / 8, 450e9),
+        (nodes, size / 8 / nodes, 50e9 * links / 8),
+        (nodes, size / 8 / nodes, 50e9 * links / 8),
+        (8, size / 8, 450e9),
+    ):
+        for _ in range(members - 1):
+            sent += part
+            seconds += part / rate
+    count = -(-size // (25 * 2**20))
+    each = seconds / count + 2 * (gpus.bit_length() - 1) * 1e-5
+    assert maker.sent(of.parameters, gpus) == pytest.approx(sent / 1e6)
+    assert maker.fast_seconds(of.parameters, gpus, links) == pytest.approx((count, each))
+    # The buckets of the last backward come one after another, and go one after another.
+    arithmetic = of.seconds(tokens)
+    backward = 2 / 3 * of.seconds(min(tokens, 8192))
+    end = 0.0
+    for number in range(1, count + 1):
+        end = max(end, arithmetic - backward * (1 - number / count)) + each
+    took = arithmetic / maker.efficiency(of, tokens, gpus, links)
+    assert took == pytest.approx(end)
+
+
 def test_every_link_in_the_documents_leads_to_a_file():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

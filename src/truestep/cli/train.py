@@ -102,12 +102,13 @@ def _say_nothing(_: str) -> None:
 
 def _run_to_go_on_with(resume: str | None, chosen: RunConfig, place: "Processes") -> str:
     """Return the directory of an existing run to go on with, or nothing for a new run."""
-    if restarted := place.recall("run"):
+    from truestep.workflows.run import CONFIG, RunError, find_run
+
+    restarted = place.recall("run")
+    if restarted and (Path(restarted) / CONFIG).is_file():
         return restarted
     if resume is None:
         return ""
-    from truestep.workflows.run import RunError, find_run
-
     try:
         return str(find_run(resume, chosen.run))
     except RunError as error:

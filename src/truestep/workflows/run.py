@@ -40,7 +40,7 @@ def check_new_run(settings: RunSettings) -> None:
     root = Path(settings.directory)
     if settings.name != "auto":
         check_name(settings.name)
-        if (root / settings.name).exists():
+        if _is_taken(root / settings.name):
             raise _taken(root / settings.name)
     check_directory(root)
 
@@ -102,12 +102,22 @@ def claim_directory(settings: RunSettings, sources: Sequence[str]) -> Path:
         try:
             directory.mkdir()
         except FileExistsError:
+            if named and not _is_taken(directory):
+                return directory  # if another process is in it, its lock says so
             if named:
                 raise _taken(directory) from None
             number += 1
         else:
             LOCAL.sync_directory(root)  # the run's name, for what is saved below it
             return directory
+
+
+def _is_taken(directory: Path) -> bool:
+    """Say whether a path is more than what a run leaves that is killed as it begins."""
+    if not directory.is_dir():
+        return os.path.lexists(directory)
+    names = {entry.name for entry in directory.iterdir()}
+    return any(name not in {DEFINITION, MANIFEST} and not name.startswith(".") for name in names)
 
 
 def _taken(directory: Path) -> RunError:
