@@ -51,7 +51,11 @@ def _option_of(field: FieldInfo) -> tuple[Any, FieldInfo]:
     item = get_args(lists[0])[0]
     others = [other for other in get_args(annotation) if other is not lists[0]]
     each = functools.reduce(operator.or_, others, item)
-    parameter = Parameter(consume_multiple=item is not str, negative_iterable=())
+    parameter = Parameter(
+        consume_multiple=item is not str,
+        negative_iterable=(),
+        show_default=operator.itemgetter(0),
+    )
     field = copy(field)
     field.default = (field.default,)
     return Annotated[types.GenericAlias(tuple, (each, ...)), parameter], field
