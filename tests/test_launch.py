@@ -18,6 +18,7 @@ from truestep.checkpoint.commit import list_checkpoints
 from truestep.cli import main
 from truestep.distributed import process, pulse
 from truestep.distributed.process import Processes, threads_of_one
+from truestep.runtime import resolve_device
 from truestep.storage import TEMPORARY_PREFIX
 
 STEPS = 70
@@ -290,3 +291,14 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch):
     assert threads_of_one({"OMP_NUM_THREADS": "16"}) == 16
     monkeypatch.setattr(process.torch, "get_num_threads", lambda: 2)
     assert threads_of_one({}) == 1
+
+
+def test_each_process_of_a_machine_has_an_accelerator_of_its_own(monkeypatch):
+    monkeypatch.setattr(process, "_met", [Processes(3, 4, 1, 2)])
+    own = resolve_device("meta")  # stands in for cuda
+    assert (own.type, own.index) == ("meta", 1)
+    assert resolve_device(str(own)) == own  # a trainer is given what was resolved
+    with pytest.raises(
+        ValueError, match=r"device=meta:0 cannot be shared by 2 processes; use meta"
+    ):
+        resolve_device("meta:0")

@@ -46,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
         ) from None
     place = process.current()
     if place.local_size > 1 and device.type != "cpu":
-        if device.index is not None:
+        if device.index not in {None, place.local_rank}:
             raise ValueError(
                 f"device={name} cannot be shared by {place.local_size} processes; use {device.type}"
             )
