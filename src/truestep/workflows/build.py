@@ -112,20 +112,22 @@ def build(
     if trains:
         size = int(place.from_first("micro-batch", lambda: str(_rows_that_fit(trainer, first))))
         trainer.config = trainer.config.model_copy(update={"micro_batch_size": size})
-    config = config.model_copy(
+    config = _resolved(config, trainer, model, threads)
+    return Training(config, data, loader, model, trainer, _facts(config, trainer, data))
+
+
+def _resolved(config: RunConfig, trainer: Trainer, model: GPT, threads: int) -> RunConfig:
+    """Return the settings with what they came to: every auto in plain values, paths absolute."""
+    device = trainer.device
+    name = str(device) if trainer.processes.local_size == 1 else device.type  # each has its own
+    return config.model_copy(
         update={
             "training": trainer.config,
             "model": model.config,
             "data": config.data.model_copy(update=absolute_paths(config)),
-            "run": config.run.model_copy(
-                update={
-                    "device": str(device) if place.local_size == 1 else device.type,
-                    "threads": threads,
-                }
-            ),
+            "run": config.run.model_copy(update={"device": name, "threads": threads}),
         }
     )
-    return Training(config, data, loader, model, trainer, _facts(config, trainer, data))
 
 
 def _rows_that_fit(trainer: Trainer, batch: Batch) -> int:
